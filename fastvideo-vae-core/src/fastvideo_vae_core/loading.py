@@ -1,0 +1,382 @@
+"""From a path or hub id, in any layout that people have, to a model on its device: strictly, and reading only what is
+needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastvideo_vae_core import registry
+from fastvideo_vae_core.checkpoint import (
+    SUFFIXES,
+    Checkpoint,
+    Recognised,
+    canonical_infos,
+    fingerprint,
+    fit,
+    listing,
+    open_checkpoint,
+    recognise,
+    shards,
+)
+from fastvideo_vae_core.config import VAEArchConfig, VAEConfig, read_config
+from fastvideo_vae_core.errors import CheckpointError, ConfigError, FamilyError
+from fastvideo_vae_core.family import Evidence, Family, Inferred, load_object
+from fastvideo_vae_core.latents import Provenance
+
+if TYPE_CHECKING:
+    from fastvideo_vae_core.vae import ParallelTiledVAE
+
+# In the order in which they are preferred.
+_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.pt",
+    "pytorch_model.bin",
+)
+
+
+def load(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    family: str | None = None,
+    variant: str | None = None,
+    component: str | None = None,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    load_encoder: bool = True,
+    load_decoder: bool = True,
+    config: VAEConfig | Mapping[str, Any] | str | Path | None = None,
+) -> ParallelTiledVAE[Any]:
+    """Load a model.
+
+    source: a directory, one file, or a hub id "owner/name"; diffusers' or an official layout, recognised from its
+        configuration or from the tensors.
+    subfolder: of the directory or hub repository; "vae" by default where a pipeline is recognised.
+    family, variant, component: recognised when not given, checked when given. A variant is a published checkpoint,
+        for example "sdxl"; it must be given where the tensors leave it open.
+    revision: of the hub repository.
+    device, dtype: where the weights go and in which type; by default the CPU and the type they are stored in.
+    load_encoder, load_decoder: read only the halves that are wanted.
+    config: a VAEConfig to run with, such as VAEConfig(fp16="retry"); or a diffusers configuration, as a mapping or a
+        JSON file, for weights that have none beside them.
+
+    For example `load("sd-vae-ft-mse").encode(x).latent_dist.mode()` with x (1, 3, 512, 512) gives (1, 4, 64, 64).
+
+    Raises:
+        CheckpointError: the weights are missing, damaged, not recognised, not finite, or do not fit: every tensor that
+            is missing, unexpected or of another shape is named.
+        ConfigError: the configuration is unknown or out of bounds; nothing was allocated.
+        FamilyError: no installed family knows the class.
+    """
+    found = find(source, subfolder=subfolder, revision=revision, config=config)
+    chosen = choose(found, family=family, component=component, variant=variant)
+    run = config if isinstance(config, VAEConfig) else VAEConfig(arch_config=chosen.arch)
+    run = replace(
+        run,
+        arch_config=chosen.arch,
+        load_encoder=load_encoder and run.load_encoder,
+        load_decoder=load_decoder and run.load_decoder,
+        pretrained_path=str(source),
+    )
+    with torch.device("meta"):
+        model: ParallelTiledVAE[Any] = load_object(chosen.recognised.component.model)(run)
+    _fill(model, found.checkpoint, chosen.recognised, torch.device(device), _as_dtype(dtype))
+    model._provenance = Provenance(
+        family=chosen.recognised.family.name,
+        component=chosen.recognised.component.name,
+        variant=chosen.variant,
+        checkpoint=_fingerprint(found.checkpoint, chosen.recognised),
+    )
+    return model.eval().requires_grad_(False)
+
+
+def load_demo(family: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Any:
+    """The trained miniature that ships with a family. Its quality is that of a miniature."""
+    described = registry.resolve(family)
+    if described.demo is None:
+        raise FamilyError(f"{described.distribution} ships no demonstration weights")
+    return load(described.resource(described.demo), family=described.name, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source that was opened: its tensors, and its configuration where there is one."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a source is going to be loaded as."""
+
+    recognised: Recognised
+    arch: VAEArchConfig
+    variant: str | None
+
+
+def inspect(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """What a source holds and would be loaded as, as JSON-ready values; reads no tensor.
+
+    Keys: paths, tensors, parameters, bytes, class_name, components (each with family, component, layout, prefix,
+    variants, tensors, parameters, dtypes, arch, problem).
+    """
+    found = find(source, subfolder=subfolder, revision=revision)
+    infos = found.checkpoint.infos
+    described = [_describe(found, each) for each in recognise(found.checkpoint, registry.installed().values())]
+    return {
+        "paths": [str(path) for path in found.checkpoint.paths],
+        "tensors": len(infos),
+        "parameters": sum(_count(info.shape) for info in infos.values()),
+        "bytes": sum(_count(info.shape) * info.dtype.itemsize for info in infos.values()),
+        "class_name": (found.config or {}).get("_class_name"),
+        "components": described,
+    }
+
+
+def find(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    config: VAEConfig | Mapping[str, Any] | str | Path | None = None,
+) -> Found:
+    """Open what a path or hub id names: its weights, and the configuration beside them or the one that is given."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = _from_hub(str(source), subfolder, revision)
+    elif revision is not None:
+        raise ConfigError(f"{source} is a local path and has no revision {revision!r}")
+    elif subfolder is not None:
+        path = path / subfolder
+    if path.is_dir() and subfolder is None and not (path / "config.json").exists() and (path / "vae").is_dir():
+        path = path / "vae"
+    weights = _weights_in(path) if path.is_dir() else (path,)
+    if isinstance(config, (str, Path)):
+        config = read_config(Path(config))
+    if isinstance(config, VAEConfig) and type(config.arch_config) is not VAEArchConfig:
+        config = config.arch_config.to_dict()
+    if config is None or isinstance(config, VAEConfig):
+        beside = path / "config.json" if path.is_dir() else None
+        config = read_config(beside) if beside is not None and beside.exists() else None
+    return Found(open_checkpoint(weights), config)
+
+
+def choose(found: Found, *, family: str | None, component: str | None, variant: str | None) -> Chosen:
+    """Decide which network of which family the source holds, and its architecture."""
+    class_name = (found.config or {}).get("_class_name")
+    if family is not None:
+        families = [registry.resolve(family)]
+    elif isinstance(class_name, str):
+        families = [registry.resolve(class_name)]
+    else:
+        families = list(registry.installed().values())
+    candidates = recognise(found.checkpoint, families)
+    if component is not None:
+        candidates = [each for each in candidates if each.component.name == component]
+    elif isinstance(class_name, str):
+        candidates = [each for each in candidates if class_name in each.component.class_names]
+    if not candidates:
+        raise CheckpointError(_unrecognised(found, families))
+    if len({each.family.name for each in candidates}) > 1:
+        names = " or ".join(f"family={each.family.name!r}" for each in candidates)
+        raise CheckpointError(f"{_where(found)} could be read in more than one way; pass {names}")
+    recognised = candidates[0]
+    arch, name = _architecture(found, recognised, variant)
+    return Chosen(recognised, arch, name)
+
+
+def _architecture(found: Found, recognised: Recognised, variant: str | None) -> tuple[VAEArchConfig, str | None]:
+    component = recognised.component
+    constants: Mapping[str, VAEArchConfig] = component.constants
+    if variant is not None and variant not in constants:
+        raise ConfigError(f"{recognised.family.name} has no variant {variant!r}; it has {', '.join(constants)}")
+    if found.config is not None:
+        arch: VAEArchConfig = load_object(component.arch).from_dict(found.config)
+        same = tuple(name for name, constant in constants.items() if _same_model(constant, arch))
+    else:
+        inferred: Inferred = load_object(component.infer)(_evidence(found, recognised))
+        arch, same = inferred.arch, inferred.variants
+    if variant is not None:
+        if variant not in same:
+            is_one = f"it is {' or '.join(same)}" if same else "it is none of the published ones"
+            raise CheckpointError(f"{_where(found)} is no {recognised.family.name} {variant}: {is_one}")
+        return (arch if found.config is not None else constants[variant]), variant
+    if found.config is None and len(same) > 1:
+        names = " or ".join(f"variant={name!r}" for name in same)
+        raise CheckpointError(f"the tensors of {_where(found)} fit more than one checkpoint; pass {names}")
+    return arch, same[0] if same else None
+
+
+def _same_model(one: VAEArchConfig, other: VAEArchConfig) -> bool:
+    """Whether two configurations are one network and one scaling; the training size does not count."""
+    left, right = one.to_dict(), other.to_dict()
+    return all(left[item.name] == right[item.name] for item in fields(one) if item.name != "sample_size")
+
+
+def _fill(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    recognised: Recognised,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a model on the meta device its weights, one tensor at a time, straight to their device and type."""
+    wanted = model.state_dict()
+    renames = recognised.renames
+    halves = _unloaded(model)
+    unexpected = [name for name in renames if name not in wanted and not name.startswith(halves)]
+    missing = [name for name in wanted if name not in renames]
+    misshapen = []
+    tensors: dict[str, Tensor] = {}
+    for name, expected in wanted.items():
+        if name not in renames:
+            continue
+        stored, reshape = renames[name]
+        tensor = fit(checkpoint.read(stored), expected.shape, reshape)
+        if tensor is None:
+            misshapen.append(f"{stored} {checkpoint.infos[stored].shape} for {tuple(expected.shape)}")
+        elif not (missing or unexpected or misshapen):
+            # A copy, so that the file may be replaced while the model lives.
+            tensors[name] = tensor.to(device, _stored_dtype(model, name, dtype) or tensor.dtype, copy=True)
+    problems = [("missing", missing), ("unexpected", [*recognised.unexpected, *unexpected]), ("misshapen", misshapen)]
+    if any(names for _, names in problems):
+        where = ", ".join(map(str, checkpoint.paths))
+        told = "; ".join(f"{len(names)} {what}: {listing(names)}" for what, names in problems if names)
+        raise CheckpointError(
+            f"{where} does not fit {recognised.family.name} ({recognised.layout.name} layout): {told}"
+        )
+    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise CheckpointError(f"{len(bad)} tensors hold NaN or infinity: {listing(bad)}; the file is damaged")
+    model.load_state_dict(tensors, strict=True, assign=True)
+
+
+def _unloaded(model: Any) -> tuple[str, ...]:
+    """Prefixes of the half that is not loaded; its tensors are left in the file."""
+    names: tuple[str, ...] = ()
+    if not model.config.load_encoder:
+        names += model.encoder_modules
+    if not model.config.load_decoder:
+        names += model.decoder_modules
+    return tuple(f"{name}." for name in names)
+
+
+def _stored_dtype(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    half = name.partition(".")[0]
+    own = model.config.encode_dtype if half in model.encoder_modules else model.config.decode_dtype
+    return _as_dtype(own) or dtype
+
+
+def _fingerprint(checkpoint: Checkpoint, recognised: Recognised) -> str:
+    return fingerprint((name, checkpoint.read(stored)) for name, (stored, _) in recognised.renames.items())
+
+
+def _describe(found: Found, recognised: Recognised) -> dict[str, Any]:
+    infos = canonical_infos(found.checkpoint, recognised)
+    description: dict[str, Any] = {
+        "family": recognised.family.name,
+        "component": recognised.component.name,
+        "layout": recognised.layout.name,
+        "prefix": recognised.prefix,
+        "tensors": len(infos),
+        "parameters": sum(_count(info.shape) for info in infos.values()),
+        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}),
+        "variants": [],
+        "arch": None,
+        "problem": None,
+    }
+    try:
+        if found.config is None:
+            inferred: Inferred = load_object(recognised.component.infer)(_evidence(found, recognised))
+            description |= {"variants": list(inferred.variants), "arch": inferred.arch.to_dict()}
+        else:
+            arch, variant = _architecture(found, recognised, None)
+            description |= {"variants": [variant] if variant else [], "arch": arch.to_dict()}
+    except (CheckpointError, ConfigError) as error:
+        description["problem"] = str(error)
+    return description
+
+
+def _evidence(found: Found, recognised: Recognised) -> Evidence:
+    shapes = {name: info.shape for name, info in canonical_infos(found.checkpoint, recognised).items()}
+    checkpoint = found.checkpoint
+    return Evidence(
+        shapes=shapes,
+        names=frozenset(checkpoint.infos),
+        stem=checkpoint.paths[0].stem,
+        prefix=recognised.prefix,
+        layout=recognised.layout.name,
+        metadata=checkpoint.metadata,
+    )
+
+
+def _weights_in(folder: Path) -> tuple[Path, ...]:
+    for name in _WEIGHTS:
+        path = folder / name
+        if path.is_file():
+            return shards(path) if name.endswith(".index.json") else (path,)
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(files) == 1:
+        return (files[0],)
+    if files:
+        names = listing(path.name for path in files)
+        raise CheckpointError(f"{folder} holds several weight files ({names}); pass the one you mean")
+    raise CheckpointError(f"{folder} holds no weights (looked for {', '.join(SUFFIXES)})")
+
+
+def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
+        raise CheckpointError(f"{source} does not exist, and is no hub id of the form owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        raise CheckpointError(f'{source} is no local path; for the hub install "fastvideo-vae-core[hub]"') from None
+    folders = [subfolder] if subfolder else ["vae", "."]
+    patterns = ["config.json", *_WEIGHTS, "diffusion_pytorch_model-*.safetensors"]
+    wanted = [str(Path(folder) / pattern) for folder in folders for pattern in patterns]
+    try:
+        root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{source} is no local path, and the hub did not give it: {reason}") from None
+    return root / subfolder if subfolder else root
+
+
+def _unrecognised(found: Found, families: Sequence[Family]) -> str:
+    names = ", ".join(each.name for each in families) or "none"
+    first = listing(sorted(found.checkpoint.infos), 3)
+    broken = "".join(f"; {reason}" for reason in registry.failures().values())
+    return f"no network of {names} is recognised in {_where(found)} (tensors like {first}){broken}"
+
+
+def _where(found: Found) -> str:
+    return ", ".join(map(str, found.checkpoint.paths))
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+    if dtype not in known:
+        raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
+    return known[dtype]
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,94 @@
+"""Predicted peak memory of a computation, found by running it on shapes alone."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastvideo_vae_core.errors import ConfigError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or a string such as "6GiB", "500 MB" or "1.5GiB"."""
+    if isinstance(size, int):
+        return size
+    text = size.replace(" ", "").upper()
+    number = text.rstrip("BIGKM")
+    try:
+        return math.floor(float(number) * _UNITS[text[len(number) :] or "B"])
+    except (ValueError, KeyError):
+        raise ConfigError(f"{size!r} is no size in bytes; write it like 6GiB or 500MB") from None
+
+
+def format_bytes(size: int) -> str:
+    """A size for people, in binary units."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size >= (scale := _UNITS[unit.upper()]):
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"
+
+
+def predicted_peak(run: Callable[[Tensor], Any], shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of tensors that are alive at the worst moment of `run`, its input and result among them.
+
+    `run` must live on the meta device. Attention counts as one kernel that keeps no matrix of scores, which holds for
+    the fused kernels of GPUs and CPUs. Workspaces that convolution libraries take for themselves are not counted.
+    """
+    with _LiveBytes() as live, _FusedAttention(), torch.no_grad():
+        # Made inside, so that it counts.
+        run(torch.empty(tuple(shape), dtype=dtype, device="meta"))
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Sums the storages that are alive, as operations make them and Python drops them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device attention would fall back to the formula with the whole matrix of scores."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,63 @@
+"""Group normalisation whose statistics may come from elsewhere: from tiles that together are the whole grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Moments(NamedTuple):
+    """First two moments of a set of numbers: how many, their mean (B, G), and the sum of squared distances from it.
+
+    Means and sums are float64, so that merging any number of tiles in any order loses nothing that float32 keeps.
+    """
+
+    size: int
+    mean: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, groups: int) -> Moments:
+        """Moments of x (B, C, ...) in `groups` groups of neighbouring channels."""
+        grouped = x.reshape(x.shape[0], groups, -1)
+        # Two passes: the spread is taken around the tile's own mean, never as a difference of large squares.
+        mean = grouped.mean(-1, dtype=torch.float64)
+        centred = grouped.to(torch.promote_types(x.dtype, torch.float32)) - mean[..., None].to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
+        return cls(grouped.shape[-1], mean, centred.square().sum(-1, dtype=torch.float64))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets together (Chan, Golub and LeVeque 1979)."""
+        size = self.size + other.size
+        gap = other.mean - self.mean
+        mean = self.mean + gap * (other.size / size)
+        spread = self.spread + other.spread + gap.square() * (self.size * other.size / size)
+        return Moments(size, mean, spread)
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, moments: Moments | None = None) -> Tensor:
+    """Normalise x (B, C, ...) by its own statistics, or by those of the larger grid that it is a part of."""
+    if moments is None:
+        return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    # y = x * scale + offset, one multiply-add an element, in at least float32 as PyTorch's own kernel does.
+    compute = torch.promote_types(x.dtype, torch.float32)
+    rstd = (moments.spread / moments.size + norm.eps).rsqrt()
+    channels = norm.num_channels // norm.num_groups
+    weight, bias = norm.weight.double(), norm.bias.double()
+    scale = rstd.repeat_interleave(channels, dim=1) * weight
+    offset = bias - moments.mean.repeat_interleave(channels, dim=1) * scale
+    shape = (*scale.shape, *[1] * (x.ndim - 2))
+    return torch.addcmul(offset.to(compute).view(shape), x.to(compute), scale.to(compute).view(shape)).to(x.dtype)
+
+
+def group_norm_act(
+    x: Tensor, norm: nn.GroupNorm, act: Callable[[Tensor], Tensor], moments: Moments | None = None
+) -> Tensor:
+    """Group norm and activation. The normalised tensor is new, so SiLU overwrites it unless a gradient needs it."""
+    y = group_norm(x, norm, moments)
+    return F.silu(y, inplace=True) if act is F.silu and not y.requires_grad else act(y)

@@ -1,0 +1,64 @@
+"""A plan: what a call is going to do, decided before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from fastvideo_vae_core.memory import format_bytes
+
+Direction = Literal["encode", "decode"]
+Mode = Literal["whole", "tiled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one call is computed. It prints as a short table, and `encode` and `decode` accept it.
+
+    Attributes:
+        direction: "encode" or "decode".
+        mode: "whole", or "tiled" with exact halos and global statistics.
+        input_shape, output_shape: of the whole call; for encode the output is the mean of the posterior.
+        items: how many items of the batch are computed at a time.
+        tile: extent of a tile along each axis behind (B, C), in elements of the grid that is being computed.
+        dtype: of the arithmetic.
+        device: where it runs.
+        retry: compute again in float32 when the result is not finite.
+        notes: why, where it is not plain.
+    """
+
+    direction: Direction
+    mode: Mode
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    items: int
+    tile: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    retry: bool
+    notes: tuple[str, ...] = ()
+    _predict: Callable[[Plan], int] = field(repr=False, compare=False)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the device's memory: weights of the half, input, result and everything between."""
+        return self._predict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (self.direction, f"{_sizes(self.input_shape)} -> {_sizes(self.output_shape)}"),
+            ("mode", self.mode if self.tile is None else f"{self.mode}, tiles of {_sizes(self.tile)}"),
+            ("batch", f"{self.items} of {self.input_shape[0]} at a time"),
+            ("compute", f"{str(self.dtype).removeprefix('torch.')} on {self.device}"),
+            ("peak", f"{format_bytes(self.peak_bytes)} predicted"),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join(f"{name:<8}{value}" for name, value in rows)
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,171 @@
+"""Tile geometry: which part of a grid a part of the result needs. Knows no model.
+
+A network is a sequence of steps between grids. Each step says, axis by axis, how its output depends on its input: from
+how far away (the halo), at which scale, or from everywhere (`whole`). And it says which normalisation statistics it
+takes over its whole input. That is enough to compute any step tile by tile with the same result as at once: a tile is
+run on a crop that has its halo around it, padded only where it touches a true border, and what the crop's artificial
+borders spoiled is cut off.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.ops.norm import Moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """How one axis of a step's output depends on the same axis of its input.
+
+    Attributes:
+        before, after: halo, in input elements beyond those that an output element stands for.
+        up: output elements for an input element; `down`: input elements for an output element. One of them is 1.
+        lead: elements of the finer grid that the first coarse element lacks: a causal video network has one latent
+            frame for the first picture and one for every further 4, so a step with `up=2, lead=1` makes 2n - 1 frames.
+        whole: every output element needs the whole axis.
+    """
+
+    before: int = 0
+    after: int = 0
+    up: int = 1
+    down: int = 1
+    lead: int = 0
+    whole: bool = False
+
+    def output_size(self, size: int) -> int:
+        """Length of the output for an input of that length."""
+        return size * self.up - self.lead if self.up > 1 else (size + self.lead) // self.down
+
+    def needs(self, start: int, stop: int, size: int) -> tuple[int, int]:
+        """The input elements [first, last) of `size` that the output elements [start, stop) are made from."""
+        if self.whole:
+            return 0, size
+        if self.up > 1:
+            first, last = (start + self.lead) // self.up, -(-(stop + self.lead) // self.up)
+        else:
+            first, last = start * self.down - self.lead, stop * self.down - self.lead
+        first = max(first - self.before, 0)
+        # The crop begins where an output element begins, so that strided steps keep their phase.
+        return first - first % self.down, min(last + self.after, size)
+
+    def position(self, first: int) -> int:
+        """Index of the first output element of a crop that begins at input element `first`."""
+        return first * self.up // self.down
+
+
+POINTWISE = Axis()
+WHOLE = Axis(whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A piece of a network that makes one grid from others, between two places where tiles must meet.
+
+    Attributes:
+        name: for people, and for the report of a plan.
+        reads: names of the grids it takes, all of the same extent; the network's input is "x".
+        writes: name of the grid it makes; the last step's is the network's output.
+        axes: one for each axis behind (B, C), about the network with its own padding at every border of a crop.
+        run: from the grids and, where `norm` is set, the moments of the first of them, to the new grid. Given None for
+            the moments it takes them over what it sees.
+        norm: the normalisation at the head of the step, whose statistics span the whole of the first grid.
+    """
+
+    name: str
+    run: Callable[[Sequence[Tensor], Moments | None], Tensor]
+    axes: tuple[Axis, ...]
+    reads: tuple[str, ...] = ("x",)
+    writes: str = "x"
+    norm: nn.GroupNorm | None = None
+
+
+def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
+    """Run the steps tile by tile; the same numbers as running them at once, up to the order of additions.
+
+    x: (B, C, ...); tile: extent of a tile along each axis behind (B, C), in elements of the grid that a step makes.
+    A grid is released after its last reader. Statistics are gathered while tiles are written.
+    """
+    grids, moments = {"x": x}, dict[str, Moments | None]()
+    if steps[0].norm is not None:
+        moments["x"] = Moments.of(x, steps[0].norm.num_groups)
+    for index, step in enumerate(steps):
+        reads = [grids[name] for name in step.reads]
+        later = steps[index + 1 :]
+        following = next((each.norm for each in _readers(step.writes, later) if each.norm is not None), None)
+        made, gathered = _run_step(step, reads, moments.get(step.reads[0]), tile, following)
+        del reads
+        grids[step.writes], moments[step.writes] = made, gathered
+        for name in list(grids):
+            if name != step.writes and not _readers(name, later):
+                del grids[name]
+    return grids[steps[-1].writes]
+
+
+def spans(size: int, tile: int) -> list[tuple[int, int]]:
+    """Cut [0, size) into the fewest pieces of at most `tile` elements, as even as they can be."""
+    if tile < 1:
+        raise ShapeError(f"a tile must have at least 1 element, got {tile}")
+    pieces = -(-size // tile)
+    edges = [size * each // pieces for each in range(pieces + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _readers(name: str, later: Sequence[Step]) -> list[Step]:
+    """The steps that read a grid before its name is written again."""
+    readers = []
+    for step in later:
+        if name in step.reads:
+            readers.append(step)
+        if step.writes == name:
+            break
+    return readers
+
+
+def _run_step(
+    step: Step, reads: list[Tensor], moments: Moments | None, tile: Sequence[int], following: nn.GroupNorm | None
+) -> tuple[Tensor, Moments | None]:
+    sizes = reads[0].shape[2:]
+    out_sizes = [axis.output_size(size) for axis, size in zip(step.axes, sizes, strict=True)]
+    made: Tensor | None = None
+    gathered: Moments | None = None
+    for region in _regions(step.axes, out_sizes, tile):
+        piece = _run_region(step, reads, moments, region)
+        if following is not None:
+            own = Moments.of(piece, following.num_groups)
+            gathered = own if gathered is None else gathered.merge(own)
+        if piece.shape[2:] == tuple(out_sizes):
+            return piece, gathered
+        if made is None:
+            made = torch.empty((*piece.shape[:2], *out_sizes), dtype=piece.dtype, device=piece.device)
+        made[(slice(None), slice(None), *(slice(start, stop) for start, stop in region))] = piece
+    assert made is not None
+    return made, gathered
+
+
+def _regions(
+    axes: Sequence[Axis], out_sizes: Sequence[int], tile: Sequence[int]
+) -> Iterator[tuple[tuple[int, int], ...]]:
+    cuts = [
+        [(0, size)] if axis.whole else spans(size, length)
+        for axis, size, length in zip(axes, out_sizes, tile, strict=True)
+    ]
+    return itertools.product(*cuts)
+
+
+def _run_region(
+    step: Step, reads: list[Tensor], moments: Moments | None, region: tuple[tuple[int, int], ...]
+) -> Tensor:
+    crop, keep = [slice(None), slice(None)], [slice(None), slice(None)]
+    for axis, (start, stop), size in zip(step.axes, region, reads[0].shape[2:], strict=True):
+        first, last = axis.needs(start, stop, size)
+        crop.append(slice(first, last))
+        begin = start - axis.position(first)
+        keep.append(slice(begin, begin + stop - start))
+    return step.run([grid[tuple(crop)] for grid in reads], moments)[tuple(keep)]

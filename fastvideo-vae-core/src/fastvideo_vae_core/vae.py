@@ -1,0 +1,452 @@
+"""ParallelTiledVAE: the base class of every family. It carries execution; a family gives it the mathematics.
+
+Shape legend: B batch, C channels; upper case T, H, W, S the sample grid, lower case t, h, w, s the latent grid.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import ClassVar, Generic, Literal, TypeVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvideo_vae_core.checkpoint import fingerprint
+from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
+from fastvideo_vae_core.latents import Provenance
+from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
+from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
+from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.tiling import Axis, Step, run_steps
+
+Posterior = TypeVar("Posterior")
+
+# Tiles that a memory budget may choose from, in elements of the grid that is being computed.
+_TILES = (2048, 1024, 512, 256, 128, 64)
+
+
+class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
+    """An autoencoder that computes one answer, whatever the way: at once, item by item, or in tiles with exact halos.
+
+    A family derives from it and gives the network in pieces: `_encode` and `_decode` on whole grids; `encode_steps` and
+    `decode_steps`, which say of every piece how far it sees, what needs the whole grid and where statistics are
+    global; and `sample_axes`, the law of sizes. Streaming families override `_stream`.
+
+    Calls keep their state to themselves: they are re-entrant, and an exception leaves nothing behind.
+    """
+
+    family: ClassVar[str]
+    component: ClassVar[str] = "vae"
+    # Top-level modules of each half; those of a half that is not loaded do not exist.
+    encoder_modules: ClassVar[tuple[str, ...]] = ("encoder",)
+    decoder_modules: ClassVar[tuple[str, ...]] = ("decoder",)
+    sample_layout: ClassVar[str]
+    padding_mode: ClassVar[Literal["replicate", "constant"]] = "replicate"
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._provenance: Provenance | None = None
+
+    # ---------------------------------------------------------------- what a family gives
+
+    @property
+    @abstractmethod
+    def sample_axes(self) -> tuple[Axis, ...]:
+        """From latent to sample sizes: an axis of n latents has `n * up - lead` samples."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> tuple[int, int]:
+        """Channels of samples and of latents."""
+
+    @abstractmethod
+    def _encode(self, x: Tensor) -> Tensor:
+        """Samples to the parameters of the posterior, on the whole grid."""
+
+    @abstractmethod
+    def _decode(self, z: Tensor) -> Tensor:
+        """Un-normalised latents to samples, on the whole grid."""
+
+    @abstractmethod
+    def posterior(self, parameters: Tensor) -> Posterior:
+        """The distribution that the encoder's output describes."""
+
+    @abstractmethod
+    def encode_steps(self) -> Sequence[Step]:
+        """`_encode` in pieces that can be run tile by tile."""
+
+    @abstractmethod
+    def decode_steps(self) -> Sequence[Step]:
+        """`_decode` in pieces that can be run tile by tile."""
+
+    @abstractmethod
+    def normalize_latents(self, z: Tensor) -> Tensor:
+        """Raw latents to those that the diffusion model sees, in the official order of operations."""
+
+    @abstractmethod
+    def denormalize_latents(self, z: Tensor) -> Tensor:
+        """The inverse of `normalize_latents`."""
+
+    # ---------------------------------------------------------------- calls
+
+    @overload
+    def encode(
+        self, x: Tensor, return_dict: Literal[True] = True, *, plan: Plan | None = None
+    ) -> EncoderOutput[Posterior]: ...
+
+    @overload
+    def encode(self, x: Tensor, return_dict: Literal[False], *, plan: Plan | None = None) -> tuple[Posterior]: ...
+
+    def encode(
+        self, x: Tensor, return_dict: bool = True, *, plan: Plan | None = None
+    ) -> EncoderOutput[Posterior] | tuple[Posterior]:
+        """Compress samples in [-1, 1] to a distribution over un-normalised latents.
+
+        x: samples in `sample_layout`, on the model's device; computed in the encoder's dtype.
+        plan: from `plan_encode`; without one the configuration decides.
+
+        Raises:
+            ShapeError: the architecture cannot take the shape; the message names the nearest legal ones.
+            ConfigError: the encoder was not loaded, or the plan is another call's.
+        """
+        posterior = self.posterior(self._run("encode", x, plan))
+        return EncoderOutput(posterior) if return_dict else (posterior,)
+
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: Literal[True] = True,
+        generator: torch.Generator | None = None,
+        *,
+        plan: Plan | None = None,
+    ) -> DecoderOutput: ...
+
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: Literal[False],
+        generator: torch.Generator | None = None,
+        *,
+        plan: Plan | None = None,
+    ) -> tuple[Tensor]: ...
+
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        *,
+        plan: Plan | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Decode un-normalised latents to samples, nominally in [-1, 1].
+
+        z: (B, latent channels, ...) on the model's device; computed in the decoder's dtype.
+        generator: for decoders that draw noise; the others are deterministic and leave it alone.
+        plan: from `plan_decode`; without one the configuration decides.
+
+        Raises:
+            ShapeError: z has the wrong number of axes or channels.
+            ConfigError: the decoder was not loaded, or the plan is another call's.
+        """
+        sample = self._run("decode", z, plan)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def encode_stream(self, x: Tensor | Iterable[Tensor]) -> Iterator[Posterior]:
+        """Yield the posterior of each finished piece. Images stream item by item; see `_stream` of video and audio."""
+        for piece in self._stream("encode", (x,) if isinstance(x, Tensor) else x):
+            yield self.posterior(piece)
+
+    def decode_stream(self, z: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield each finished piece of the samples. Images stream item by item; see `_stream` of video and audio."""
+        return self._stream("decode", (z,) if isinstance(z, Tensor) else z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction through the mode of the posterior; differentiable, for training."""
+        return self._decode(self.posterior(self._encode(x)).mode())  # type: ignore[attr-defined]
+
+    # ---------------------------------------------------------------- plans
+
+    def plan_encode(
+        self,
+        shape: Sequence[int],
+        *,
+        memory_budget: int | str | None = None,
+        tile: Sequence[int] | None = None,
+        items: int | None = None,
+    ) -> Plan:
+        """Say how `encode` would compute samples of that shape.
+
+        memory_budget: bytes, or a string such as "6GiB"; the plan that recomputes least and is predicted to fit.
+        tile: extent of a tile along each axis behind (B, C), instead of the configured one.
+        items: items of the batch at a time.
+
+        Raises:
+            ShapeError: the architecture cannot take the shape.
+            MemoryBudgetError: nothing fits; the message says the least that would do.
+        """
+        return self._plan("encode", tuple(shape), memory_budget, tile, items)
+
+    def plan_decode(
+        self,
+        shape: Sequence[int],
+        *,
+        memory_budget: int | str | None = None,
+        tile: Sequence[int] | None = None,
+        items: int | None = None,
+    ) -> Plan:
+        """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
+        return self._plan("decode", tuple(shape), memory_budget, tile, items)
+
+    # ---------------------------------------------------------------- sizes
+
+    def encoded_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the latents of samples of that shape.
+
+        Raises:
+            ShapeError: a size is not legal; the message names the nearest ones.
+        """
+        self._check_layout("encode", shape)
+        axes = self.sample_axes
+        for size, axis in zip(shape[2:], axes, strict=True):
+            surplus = (size + axis.lead) % axis.up
+            if size < axis.up - axis.lead or (surplus and self.config.illegal_sizes == "refuse"):
+                raise ShapeError(f"{self._illegal(shape)}, or use pad_to_valid() and crop_to()")
+        latents = ((size + axis.lead) // axis.up for size, axis in zip(shape[2:], axes, strict=True))
+        return (shape[0], self.channels[1], *latents)
+
+    def decoded_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the samples of latents of that shape."""
+        self._check_layout("decode", shape)
+        if min(shape[2:]) < 1:
+            raise ShapeError(f"latents need at least one element along each axis, got {tuple(shape)}")
+        sizes = (axis.output_size(size) for size, axis in zip(shape[2:], self.sample_axes, strict=True))
+        return (shape[0], self.channels[0], *sizes)
+
+    def valid_sample_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The smallest legal sample shape that holds the given one."""
+        sizes = (_round_up(size, axis) for size, axis in zip(shape[2:], self.sample_axes, strict=True))
+        return (*shape[:2], *sizes)
+
+    def pad_to_valid(self, x: Tensor) -> Tensor:
+        """Extend samples at their far ends to the smallest legal shape: the last picture, row and column repeated, or
+        silence for audio. `crop_to` with the shape that x had takes it off again."""
+        target = self.valid_sample_shape(x.shape)
+        amounts = [amount for new, old in zip(target[:1:-1], x.shape[:1:-1], strict=True) for amount in (0, new - old)]
+        return F.pad(x, amounts, mode=self.padding_mode) if any(amounts) else x
+
+    def crop_to(self, y: Tensor, shape: Sequence[int]) -> Tensor:
+        """Cut samples to the sizes of `shape`, taking off what `pad_to_valid` added."""
+        if any(want > have for want, have in zip(shape[2:], y.shape[2:], strict=True)):
+            raise ShapeError(f"cannot crop {tuple(y.shape)} to the larger {tuple(shape)}")
+        return y[(slice(None), slice(None), *(slice(size) for size in shape[2:]))]
+
+    # ---------------------------------------------------------------- settings, under diffusers' names
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; the decoder's where the halves differ."""
+        return next(self._half_parameters("decode" if self.config.load_decoder else "encode")).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which checkpoint this is, as latent files record it."""
+        if self._provenance is None:
+            return Provenance(
+                family=self.family, component=self.component, checkpoint=fingerprint(self.state_dict().items())
+            )
+        return self._provenance
+
+    def enable_tiling(
+        self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None
+    ) -> None:
+        """Compute in tiles from now on, with the same result as at once."""
+        height = self.config.tile_sample_min_height if tile_sample_min_height is None else tile_sample_min_height
+        width = self.config.tile_sample_min_width if tile_sample_min_width is None else tile_sample_min_width
+        self.config = replace(self.config, use_tiling=True, tile_sample_min_height=height, tile_sample_min_width=width)
+
+    def disable_tiling(self) -> None:
+        """Compute whole grids from now on."""
+        self.config = replace(self.config, use_tiling=False)
+
+    def enable_slicing(self) -> None:
+        """Compute one item of the batch at a time from now on."""
+        self.config = replace(self.config, use_slicing=True)
+
+    def disable_slicing(self) -> None:
+        """Compute the batch at once from now on."""
+        self.config = replace(self.config, use_slicing=False)
+
+    # ---------------------------------------------------------------- execution
+
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
+        if plan is None:
+            plan = self._plan(direction, tuple(x.shape))
+        elif (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
+            wanted = f"{plan.direction} of {plan.input_shape}"
+            raise ConfigError(f"the plan is for {wanted}, not for {direction} of {tuple(x.shape)}; make a new one")
+        dtype = self._half_dtype(direction)
+        x = x.to(dtype)
+        result = self._compute(plan, x)
+        if plan.retry and not bool(result.isfinite().all()):
+            if not bool(x.isfinite().all()):
+                raise ShapeError(f"the input of {direction} holds NaN or infinity; nothing can be computed from it")
+            warnings.warn(
+                f"{direction} of {plan.input_shape} overflowed in float16 and was computed again in float32;"
+                " bfloat16 does not overflow, VAEConfig(fp16='upcast') skips the first attempt, 'off' this check",
+                stacklevel=3,
+            )
+            result = self._compute(replace(plan, dtype=torch.float32, retry=False), x)
+        return result
+
+    def _compute(self, plan: Plan, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        model = self if plan.dtype == dtype else self._twin(plan.direction, plan.dtype)
+        whole = model._encode if plan.direction == "encode" else model._decode
+        steps = model._steps(plan.direction) if plan.tile is not None else ()
+        result: Tensor | None = None
+        for start in range(0, len(x), plan.items):
+            part = x[start : start + plan.items].to(plan.dtype)
+            made = whole(part) if plan.tile is None else run_steps(steps, part, plan.tile)
+            made = made.to(dtype)
+            if plan.items >= len(x):
+                return made
+            if result is None:
+                result = made.new_empty((len(x), *made.shape[1:]))
+            result[start : start + plan.items] = made
+        assert result is not None
+        return result
+
+    def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Finished pieces along the axis that streams: for images the batch, one item at a time."""
+        for chunk in chunks:
+            for item in chunk.split(1):
+                yield self._run(direction, item, None)
+
+    def _steps(self, direction: Direction) -> Sequence[Step]:
+        return self.encode_steps() if direction == "encode" else self.decode_steps()
+
+    def _plan(
+        self,
+        direction: Direction,
+        shape: tuple[int, ...],
+        memory_budget: int | str | None = None,
+        tile: Sequence[int] | None = None,
+        items: int | None = None,
+    ) -> Plan:
+        if tile is not None and len(tile) != len(shape) - 2:
+            raise ShapeError(f"a tile of {self.sample_layout} has {len(shape) - 2} sizes, got {tuple(tile)}")
+        output = self.encoded_shape(shape) if direction == "encode" else self.decoded_shape(shape)
+        stored = self._half_dtype(direction)
+        dtype, retry, notes = self._fp16(stored)
+        tile = self._configured_tile() if tile is None else tile
+        plan = Plan(
+            direction=direction,
+            mode="whole" if tile is None else "tiled",
+            input_shape=shape,
+            output_shape=output,
+            items=items or (1 if self.config.use_slicing else shape[0]),
+            tile=None if tile is None else tuple(tile),
+            dtype=dtype,
+            device=self.device,
+            retry=retry,
+            notes=notes,
+            _predict=self._predict,
+        )
+        return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
+
+    def _configured_tile(self) -> tuple[int, ...] | None:
+        """The tile that the configuration asks for; None computes whole grids."""
+        if not self.config.use_tiling:
+            return None
+        return (self.config.tile_sample_min_height, self.config.tile_sample_min_width)
+
+    def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
+        """Type to compute in, whether to retry in float32, and why."""
+        if stored != torch.float16:
+            return stored, False, ()
+        policy = self.config.fp16
+        if policy == "auto":
+            policy = "upcast" if getattr(self.config.arch_config, "force_upcast", False) else "retry"
+        if policy == "upcast":
+            reason = "force_upcast of the checkpoint" if self.config.fp16 == "auto" else "fp16='upcast'"
+            return torch.float32, False, (f"float16 weights computed in float32: {reason}; fp16='retry' is faster",)
+        return stored, policy == "retry", ("float32 again if float16 overflows",) if policy == "retry" else ()
+
+    def _within(self, plan: Plan, budget: int) -> Plan:
+        """The first of ever smaller plans that is predicted to fit."""
+        tiles = [(length,) * (len(plan.input_shape) - 2) for length in _TILES]
+        candidates = [plan, replace(plan, items=1)]
+        candidates += [replace(plan, mode="tiled", items=1, tile=tile) for tile in tiles]
+        for candidate in candidates:
+            if candidate.peak_bytes <= budget:
+                return replace(candidate, notes=(*candidate.notes, f"chosen for a budget of {format_bytes(budget)}"))
+        least = min(candidate.peak_bytes for candidate in candidates)
+        raise MemoryBudgetError(
+            f"{plan.direction} of {plan.input_shape} needs {format_bytes(least)} or more, not {format_bytes(budget)}"
+        )
+
+    def _predict(self, plan: Plan) -> int:
+        shadow = self._shadow(plan.direction).to(plan.dtype)
+        weights = sum(each.numel() * each.element_size() for each in self._half_parameters(plan.direction))
+        if plan.dtype != self._half_dtype(plan.direction):
+            weights += sum(each.numel() * each.element_size() for each in shadow.parameters())
+        return weights + predicted_peak(lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype)
+
+    def _shadow(self, direction: Direction) -> ParallelTiledVAE[Posterior]:
+        """One half of this model without its weights, on the meta device."""
+        half = replace(self.config, load_encoder=direction == "encode", load_decoder=direction == "decode")
+        with torch.device("meta"):
+            return type(self)(half)
+
+    def _twin(self, direction: Direction, dtype: torch.dtype) -> ParallelTiledVAE[Posterior]:
+        """One half of this model in another type. A copy, so that calls at the same time do not see each other."""
+        twin = self._shadow(direction)
+        wanted = twin.state_dict().keys()
+        weights = {name: each.to(dtype) for name, each in self.state_dict().items() if name in wanted}
+        twin.load_state_dict(weights, strict=True, assign=True)
+        return twin.train(self.training)
+
+    def _half_parameters(self, direction: Direction) -> Iterator[nn.Parameter]:
+        loaded = self.config.load_encoder if direction == "encode" else self.config.load_decoder
+        if not loaded:
+            raise ConfigError(f"this model was loaded with load_{direction}r=False; load it with the {direction}r")
+        modules = self.encoder_modules if direction == "encode" else self.decoder_modules
+        return (each for name in modules for each in getattr(self, name).parameters())
+
+    def _half_dtype(self, direction: Direction) -> torch.dtype:
+        return next(self._half_parameters(direction)).dtype
+
+    def _check_layout(self, direction: Direction, shape: Sequence[int]) -> None:
+        channels = self.channels[0] if direction == "encode" else self.channels[1]
+        axes = len(self.sample_axes) + 2
+        if len(shape) != axes or shape[1] != channels or shape[0] < 1:
+            what = f"samples {self.sample_layout}" if direction == "encode" else "latents"
+            raise ShapeError(f"{direction} takes {what} with {axes} axes and {channels} channels, got {tuple(shape)}")
+
+    def _illegal(self, shape: Sequence[int]) -> str:
+        laws, lower, upper = [], [], []
+        for size, axis in zip(shape[2:], self.sample_axes, strict=True):
+            laws.append(f"{axis.up}k" + (f" + {axis.up - axis.lead}" if axis.lead else ""))
+            upper.append(_round_up(size, axis))
+            lower.append(upper[-1] if upper[-1] <= size else max(upper[-1] - axis.up, axis.up - axis.lead))
+        nearest = " or ".join(dict.fromkeys(" x ".join(map(str, sizes)) for sizes in (lower, upper)))
+        got = " x ".join(map(str, shape[2:]))
+        return f"{type(self).__name__} needs sizes of the form {' x '.join(laws)}, got {got}; pass {nearest}"
+
+
+def _round_up(size: int, axis: Axis) -> int:
+    latents = max(-(-(size + axis.lead) // axis.up), 1)
+    return latents * axis.up - axis.lead
