@@ -3,6 +3,8 @@ needed."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,36 +15,24 @@ from torch import Tensor
 
 from fastvideo_vae_core import registry
 from fastvideo_vae_core.checkpoint import (
-    SUFFIXES,
     Checkpoint,
     Recognised,
     canonical_infos,
     fingerprint,
     fit,
     listing,
-    open_checkpoint,
     recognise,
-    shards,
 )
-from fastvideo_vae_core.config import VAEArchConfig, VAEConfig, read_config
+from fastvideo_vae_core.config import VAEArchConfig, VAEConfig
 from fastvideo_vae_core.errors import CheckpointError, ConfigError, FamilyError
 from fastvideo_vae_core.family import Evidence, Family, Inferred, load_object
 from fastvideo_vae_core.latents import Provenance
+from fastvideo_vae_core.sources import Found, find
 
 if TYPE_CHECKING:
     from fastvideo_vae_core.vae import ParallelTiledVAE
 
-# In the order in which they are preferred.
-_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.pt",
-    "pytorch_model.bin",
-)
+_COMPUTE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load(
@@ -102,20 +92,14 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def load_demo(family: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Any:
+def load_demo(
+    family: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+) -> ParallelTiledVAE[Any]:
     """The trained miniature that ships with a family. Its quality is that of a miniature."""
     described = registry.resolve(family)
     if described.demo is None:
         raise FamilyError(f"{described.distribution} ships no demonstration weights")
     return load(described.resource(described.demo), family=described.name, device=device, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A source that was opened: its tensors, and its configuration where there is one."""
-
-    checkpoint: Checkpoint
-    config: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -139,39 +123,11 @@ def inspect(source: str | Path, *, subfolder: str | None = None, revision: str |
     return {
         "paths": [str(path) for path in found.checkpoint.paths],
         "tensors": len(infos),
-        "parameters": sum(_count(info.shape) for info in infos.values()),
-        "bytes": sum(_count(info.shape) * info.dtype.itemsize for info in infos.values()),
+        "parameters": sum(math.prod(info.shape) for info in infos.values()),
+        "bytes": sum(math.prod(info.shape) * info.dtype.itemsize for info in infos.values()),
         "class_name": (found.config or {}).get("_class_name"),
         "components": described,
     }
-
-
-def find(
-    source: str | Path,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    config: VAEConfig | Mapping[str, Any] | str | Path | None = None,
-) -> Found:
-    """Open what a path or hub id names: its weights, and the configuration beside them or the one that is given."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        path = _from_hub(str(source), subfolder, revision)
-    elif revision is not None:
-        raise ConfigError(f"{source} is a local path and has no revision {revision!r}")
-    elif subfolder is not None:
-        path = path / subfolder
-    if path.is_dir() and subfolder is None and not (path / "config.json").exists() and (path / "vae").is_dir():
-        path = path / "vae"
-    weights = _weights_in(path) if path.is_dir() else (path,)
-    if isinstance(config, (str, Path)):
-        config = read_config(Path(config))
-    if isinstance(config, VAEConfig) and type(config.arch_config) is not VAEArchConfig:
-        config = config.arch_config.to_dict()
-    if config is None or isinstance(config, VAEConfig):
-        beside = path / "config.json" if path.is_dir() else None
-        config = read_config(beside) if beside is not None and beside.exists() else None
-    return Found(open_checkpoint(weights), config)
 
 
 def choose(found: Found, *, family: str | None, component: str | None, variant: str | None) -> Chosen:
@@ -241,6 +197,7 @@ def _fill(
     missing = [name for name in wanted if name not in renames]
     misshapen = []
     tensors: dict[str, Tensor] = {}
+    dtypes = {half: _half_dtype(model, half, checkpoint, renames, dtype) for half in (True, False)}
     for name, expected in wanted.items():
         if name not in renames:
             continue
@@ -250,7 +207,7 @@ def _fill(
             misshapen.append(f"{stored} {checkpoint.infos[stored].shape} for {tuple(expected.shape)}")
         elif not (missing or unexpected or misshapen):
             # A copy, so that the file may be replaced while the model lives.
-            tensors[name] = tensor.to(device, _stored_dtype(model, name, dtype) or tensor.dtype, copy=True)
+            tensors[name] = tensor.to(device, dtypes[_encodes(model, name)], copy=True)
     problems = [("missing", missing), ("unexpected", [*recognised.unexpected, *unexpected]), ("misshapen", misshapen)]
     if any(names for _, names in problems):
         where = ", ".join(map(str, checkpoint.paths))
@@ -273,10 +230,27 @@ def _unloaded(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name in names)
 
 
-def _stored_dtype(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    half = name.partition(".")[0]
-    own = model.config.encode_dtype if half in model.encoder_modules else model.config.decode_dtype
-    return _as_dtype(own) or dtype
+def _encodes(model: Any, name: str) -> bool:
+    return name.partition(".")[0] in model.encoder_modules
+
+
+def _half_dtype(
+    model: Any,
+    encoder: bool,
+    checkpoint: Checkpoint,
+    renames: Mapping[str, tuple[str, bool]],
+    dtype: torch.dtype | None,
+) -> torch.dtype:
+    """The one type that a half gets: what was asked for, else what most of its numbers are stored in."""
+    own = _as_dtype(model.config.encode_dtype if encoder else model.config.decode_dtype) or dtype
+    if own is not None:
+        return own
+    stored = Counter[torch.dtype]()
+    for name, (source, _) in renames.items():
+        if _encodes(model, name) == encoder:
+            stored[checkpoint.infos[source].dtype] += math.prod(checkpoint.infos[source].shape)
+    most = stored.most_common(1)[0][0] if stored else torch.float32
+    return most if most in _COMPUTE else torch.float32
 
 
 def _fingerprint(checkpoint: Checkpoint, recognised: Recognised) -> str:
@@ -291,7 +265,7 @@ def _describe(found: Found, recognised: Recognised) -> dict[str, Any]:
         "layout": recognised.layout.name,
         "prefix": recognised.prefix,
         "tensors": len(infos),
-        "parameters": sum(_count(info.shape) for info in infos.values()),
+        "parameters": sum(math.prod(info.shape) for info in infos.values()),
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}),
         "variants": [],
         "arch": None,
@@ -322,39 +296,6 @@ def _evidence(found: Found, recognised: Recognised) -> Evidence:
     )
 
 
-def _weights_in(folder: Path) -> tuple[Path, ...]:
-    for name in _WEIGHTS:
-        path = folder / name
-        if path.is_file():
-            return shards(path) if name.endswith(".index.json") else (path,)
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if len(files) == 1:
-        return (files[0],)
-    if files:
-        names = listing(path.name for path in files)
-        raise CheckpointError(f"{folder} holds several weight files ({names}); pass the one you mean")
-    raise CheckpointError(f"{folder} holds no weights (looked for {', '.join(SUFFIXES)})")
-
-
-def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
-        raise CheckpointError(f"{source} does not exist, and is no hub id of the form owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise CheckpointError(f'{source} is no local path; for the hub install "fastvideo-vae-core[hub]"') from None
-    folders = [subfolder] if subfolder else ["vae", "."]
-    patterns = ["config.json", *_WEIGHTS, "diffusion_pytorch_model-*.safetensors"]
-    wanted = [str(Path(folder) / pattern) for folder in folders for pattern in patterns]
-    try:
-        root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source} is no local path, and the hub did not give it: {reason}") from None
-    return root / subfolder if subfolder else root
-
-
 def _unrecognised(found: Found, families: Sequence[Family]) -> str:
     names = ", ".join(each.name for each in families) or "none"
     first = listing(sorted(found.checkpoint.infos), 3)
@@ -373,10 +314,3 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in known:
         raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
     return known[dtype]
-
-
-def _count(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

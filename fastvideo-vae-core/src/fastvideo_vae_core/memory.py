@@ -55,7 +55,7 @@ class _LiveBytes(TorchDispatchMode):
     """Sums the storages that are alive, as operations make them and Python drops them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: set[int] = set()
 
