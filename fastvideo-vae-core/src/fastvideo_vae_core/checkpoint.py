@@ -88,7 +88,7 @@ def shards(index: Path) -> tuple[Path, ...]:
         files = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no shard index: {error!r}") from None
-    if outside := sorted(str(name) for name in files if Path(str(name)).name != name):
+    if outside := sorted(str(name) for name in files if Path(str(name)).name != name or name in ("", "..")):
         raise CheckpointError(f"{index} names files outside its folder: {listing(outside)}")
     return tuple(index.parent / name for name in sorted(files))
 
@@ -228,7 +228,8 @@ def _open_pickle(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is damaged or holds more than tensors and was not run ({reason}); use a safetensors file"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    # The unpickler lets a damaged file end in almost any exception.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is no whole checkpoint ({reason}); download it again") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

@@ -89,7 +89,7 @@ def load(
         variant=chosen.variant,
         checkpoint=_fingerprint(found.checkpoint, chosen.recognised),
     )
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_demo(

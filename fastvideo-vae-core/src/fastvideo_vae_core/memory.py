@@ -32,10 +32,10 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """A size for people, in binary units."""
+    """A size for people, in binary units; rounded up, so that who gives what it says as a budget gives enough."""
     for unit in ("GiB", "MiB", "KiB"):
         if size >= (scale := _UNITS[unit.upper()]):
-            return f"{size / scale:.2f} {unit}"
+            return f"{math.ceil(100 * size / scale) / 100:.2f} {unit}"
     return f"{size} B"
 
 

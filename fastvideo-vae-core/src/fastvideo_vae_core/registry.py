@@ -94,8 +94,8 @@ def _claim(name: str) -> EntryPoint:
 def _import(point: EntryPoint) -> Family:
     try:
         family = point.load()
-    # A plugin may fail in any way while it imports, and must not take the others down.
-    except Exception as error:
+    # A plugin may fail in any way while it imports, also by ending the program, and must not take the others down.
+    except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}"
         raise FamilyError(f"{_distribution(point)} (family {point.name!r}) fails to import: {cause}") from error
     if not isinstance(family, Family):
@@ -113,8 +113,9 @@ def _distribution(point: EntryPoint) -> str:
 
 
 def _unknown(name: str) -> str:
+    present = {_distribution(point) for point in _points()}
     for distribution, claimed in _KNOWN.items():
-        if name in claimed:
+        if name in claimed and distribution not in present:
             return f"{name!r} needs {distribution}, which is not installed: pip install {distribution}"
     broken = "".join(f"; {reason}" for reason in failures().values())
     names = ", ".join(sorted({point.name for point in _points()})) or "none"

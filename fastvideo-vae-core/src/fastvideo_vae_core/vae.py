@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, Generic, Literal, TypeVar, overload
+from typing import ClassVar, Generic, Literal, Self, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -291,6 +291,18 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     # ---------------------------------------------------------------- execution
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Behind every `.to()`: 16-bit convolutions on a GPU run fastest on channels-last grids, and grids take the
+        layout of the weights; everywhere else the plain layout keeps to the reference's order of operations."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                weight = module.weight
+                last = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+                layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+                weight.data = weight.data.contiguous(memory_format=layout if last else torch.contiguous_format)
+        return self
+
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
         if plan is None:
             plan = self._plan(direction, tuple(x.shape))
@@ -320,7 +332,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         for start in range(0, len(x), plan.items):
             part = x[start : start + plan.items].to(plan.dtype)
             made = whole(part) if plan.tile is None else run_steps(steps, part, plan.tile)
-            made = made.to(dtype)
+            made = made.to(dtype).contiguous()
             if plan.items >= len(x):
                 return made
             if result is None:
@@ -417,7 +429,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         wanted = twin.state_dict().keys()
         weights = {name: each.to(dtype) for name, each in self.state_dict().items() if name in wanted}
         twin.load_state_dict(weights, strict=True, assign=True)
-        return twin.train(self.training)
+        return twin.to(dtype).train(self.training)
 
     def _half_parameters(self, direction: Direction) -> Iterator[nn.Parameter]:
         loaded = self.config.load_encoder if direction == "encode" else self.config.load_decoder

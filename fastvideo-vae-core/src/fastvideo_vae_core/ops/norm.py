@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,22 +43,52 @@ class Moments(NamedTuple):
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, moments: Moments | None = None) -> Tensor:
     """Normalise x (B, C, ...) by its own statistics, or by those of the larger grid that it is a part of."""
+    if _fused(x, norm):
+        return _on_gpu(x, norm, moments, silu=False)
     if moments is None:
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     # y = x * scale + offset, one multiply-add an element, in at least float32 as PyTorch's own kernel does.
     compute = torch.promote_types(x.dtype, torch.float32)
-    rstd = (moments.spread / moments.size + norm.eps).rsqrt()
-    channels = norm.num_channels // norm.num_groups
-    weight, bias = norm.weight.double(), norm.bias.double()
-    scale = rstd.repeat_interleave(channels, dim=1) * weight
-    offset = bias - moments.mean.repeat_interleave(channels, dim=1) * scale
-    shape = (*scale.shape, *[1] * (x.ndim - 2))
-    return torch.addcmul(offset.to(compute).view(shape), x.to(compute), scale.to(compute).view(shape)).to(x.dtype)
+    scale, offset = (each.to(compute).view(*each.shape, *[1] * (x.ndim - 2)) for each in _affine(norm, moments))
+    return torch.addcmul(offset, x.to(compute), scale).to(x.dtype)
 
 
 def group_norm_act(
     x: Tensor, norm: nn.GroupNorm, act: Callable[[Tensor], Tensor], moments: Moments | None = None
 ) -> Tensor:
     """Group norm and activation. The normalised tensor is new, so SiLU overwrites it unless a gradient needs it."""
+    if act is F.silu and _fused(x, norm):
+        return _on_gpu(x, norm, moments, silu=True)
     y = group_norm(x, norm, moments)
     return F.silu(y, inplace=True) if act is F.silu and not y.requires_grad else act(y)
+
+
+def _affine(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
+    """The norm by given moments as y = x * scale + offset, float64 (B, C) each."""
+    rstd = (moments.spread / moments.size + norm.eps).rsqrt()
+    channels = norm.num_channels // norm.num_groups
+    scale = rstd.repeat_interleave(channels, dim=1) * norm.weight.double()
+    return scale, norm.bias.double() - moments.mean.repeat_interleave(channels, dim=1) * scale
+
+
+def _fused(x: Tensor, norm: nn.GroupNorm) -> bool:
+    """Whether the Triton kernels take this: channels-last, on a GPU, at most float32, and nothing to differentiate."""
+    if not x.is_cuda or x.dtype == torch.float64 or not _TRITON:
+        return False
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if layout is None or not x.is_contiguous(memory_format=layout):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
+
+
+def _on_gpu(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool) -> Tensor:
+    # Imported here because Triton takes a second to import and only GPUs need it.
+    from fastvideo_vae_core.ops.kernels import group_norm as kernels
+
+    if moments is None:
+        return kernels.group_norm_silu(x, norm, silu)
+    scale, offset = _affine(norm, moments)
+    return kernels.apply_affine(x, scale.float(), offset.float(), silu)
+
+
+_TRITON = importlib.util.find_spec("triton") is not None
