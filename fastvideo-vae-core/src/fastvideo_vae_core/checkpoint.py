@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,14 @@ from torch import Tensor
 
 from fastvideo_vae_core.errors import CheckpointError
 from fastvideo_vae_core.family import Component, Family, Layout, load_object
+from fastvideo_vae_core.weight_norm import NormedWeight, folded
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES
+
+# Values of each tensor that a fingerprint takes.
+HEAD = 1024
 
 
 class TensorInfo(NamedTuple):
@@ -37,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         paths: the file, or the shards.
-        infos: name in the file -> shape and dtype.
+        infos: name in the file -> shape and dtype. A weight that is stored as direction and norm is one tensor here.
         metadata: strings from the safetensors header.
     """
 
@@ -52,6 +56,12 @@ class Checkpoint:
         tensor = source if isinstance(source, Tensor) else source.get_tensor(name)
         assert isinstance(tensor, Tensor)
         return tensor
+
+    def head(self, name: str) -> Tensor:
+        """The stored tensor, or as much of its beginning as is computed in no time and has `HEAD` values."""
+        source = self._sources[name]
+        tensor = source.head(HEAD) if isinstance(source, NormedWeight) else self.read(name)
+        return tensor.to(self.infos[name].dtype)
 
 
 def open_checkpoint(paths: Iterable[Path]) -> Checkpoint:
@@ -79,7 +89,7 @@ def open_checkpoint(paths: Iterable[Path]) -> Checkpoint:
         metadata.update(opened.metadata)
     if not infos:
         raise CheckpointError(f"{', '.join(map(str, paths))} holds no tensors")
-    return Checkpoint(paths, infos, metadata, sources)
+    return folded(Checkpoint(paths, infos, metadata, sources))
 
 
 def shards(index: Path) -> tuple[Path, ...]:
@@ -169,16 +179,18 @@ def fit(tensor: Tensor, shape: torch.Size, reshape: bool) -> Tensor | None:
     return None
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of the model's tensors, the same for every file layout: names, sizes and the first 1024 values of each.
+def fingerprint(tensors: Iterable[tuple[str, Sequence[int], Tensor]]) -> str:
+    """A digest of the model's tensors, the same for every file layout: names, sizes and the first values of each.
+
+    tensors: name, shape, and the tensor or its beginning.
 
     Values are compared as float32, axes of length one do not count. It tells checkpoints apart and is no proof against
     somebody who wants two to look alike.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name} {[length for length in tensor.shape if length != 1]}".encode())
-        digest.update(tensor.detach().reshape(-1)[:1024].float().cpu().contiguous().numpy().tobytes())
+    for name, shape, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {[length for length in shape if length != 1]}".encode())
+        digest.update(tensor.detach().reshape(-1)[:HEAD].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

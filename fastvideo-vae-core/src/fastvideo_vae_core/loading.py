@@ -254,7 +254,10 @@ def _half_dtype(
 
 
 def _fingerprint(checkpoint: Checkpoint, recognised: Recognised) -> str:
-    return fingerprint((name, checkpoint.read(stored)) for name, (stored, _) in recognised.renames.items())
+    return fingerprint(
+        (name, checkpoint.infos[stored].shape, checkpoint.head(stored))
+        for name, (stored, _) in recognised.renames.items()
+    )
 
 
 def _describe(found: Found, recognised: Recognised) -> dict[str, Any]:

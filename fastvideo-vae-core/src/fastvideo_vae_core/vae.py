@@ -265,7 +265,9 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         """Which checkpoint this is, as latent files record it."""
         if self._provenance is None:
             return Provenance(
-                family=self.family, component=self.component, checkpoint=fingerprint(self.state_dict().items())
+                family=self.family,
+                component=self.component,
+                checkpoint=fingerprint((name, each.shape, each) for name, each in self.state_dict().items()),
             )
         return self._provenance
 
