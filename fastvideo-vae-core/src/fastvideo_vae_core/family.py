@@ -69,6 +69,7 @@ class Component:
         variants: the published checkpoints: name -> path of the constant.
         layouts: the ways in which people store its tensors.
         infer: function (Evidence) -> Inferred, for files that have no configuration beside them.
+        official_config: name of the configuration that the official code puts beside its weights; `arch` reads it too.
     """
 
     name: str = "vae"
@@ -79,6 +80,7 @@ class Component:
     variants: Mapping[str, str]
     layouts: tuple[Layout, ...]
     infer: str
+    official_config: str | None = None
 
     @cached_property
     def constants(self) -> Mapping[str, Any]:

@@ -159,8 +159,9 @@ def _architecture(found: Found, recognised: Recognised, variant: str | None) -> 
     constants: Mapping[str, VAEArchConfig] = component.constants
     if variant is not None and variant not in constants:
         raise ConfigError(f"{recognised.family.name} has no variant {variant!r}; it has {', '.join(constants)}")
-    if found.config is not None:
-        arch: VAEArchConfig = load_object(component.arch).from_dict(found.config)
+    config = found.config_for(component)
+    if config is not None:
+        arch: VAEArchConfig = load_object(component.arch).from_dict(config)
         same = tuple(name for name, constant in constants.items() if _same_model(constant, arch))
     else:
         inferred: Inferred = load_object(component.infer)(_evidence(found, recognised))
@@ -169,8 +170,8 @@ def _architecture(found: Found, recognised: Recognised, variant: str | None) -> 
         if variant not in same:
             is_one = f"it is {' or '.join(same)}" if same else "it is none of the published ones"
             raise CheckpointError(f"{_where(found)} is no {recognised.family.name} {variant}: {is_one}")
-        return (arch if found.config is not None else constants[variant]), variant
-    if found.config is None and len(same) > 1:
+        return (arch if config is not None else constants[variant]), variant
+    if config is None and len(same) > 1:
         names = " or ".join(f"variant={name!r}" for name in same)
         raise CheckpointError(f"the tensors of {_where(found)} fit more than one checkpoint; pass {names}")
     return arch, same[0] if same else None
@@ -275,7 +276,7 @@ def _describe(found: Found, recognised: Recognised) -> dict[str, Any]:
         "problem": None,
     }
     try:
-        if found.config is None:
+        if found.config_for(recognised.component) is None:
             inferred: Inferred = load_object(recognised.component.infer)(_evidence(found, recognised))
             description |= {"variants": list(inferred.variants), "arch": inferred.arch.to_dict()}
         else:

@@ -10,6 +10,7 @@ from typing import Any
 from fastvideo_vae_core.checkpoint import SUFFIXES, Checkpoint, listing, open_checkpoint, shards
 from fastvideo_vae_core.config import VAEArchConfig, VAEConfig, read_config
 from fastvideo_vae_core.errors import CheckpointError, ConfigError
+from fastvideo_vae_core.family import Component
 
 # In the order in which they are preferred.
 _WEIGHTS = (
@@ -31,6 +32,13 @@ class Found:
 
     checkpoint: Checkpoint
     config: Mapping[str, Any] | None
+
+    def config_for(self, component: Component) -> Mapping[str, Any] | None:
+        """The configuration, or else the official one of that component beside the weights."""
+        if self.config is None and component.official_config is not None:
+            beside = self.checkpoint.paths[0].parent / component.official_config
+            return read_config(beside) if beside.exists() else None
+        return self.config
 
 
 def find(
@@ -104,7 +112,7 @@ def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
     inside = [Path(name).name for name in files if Path(name).parent == Path(folder)]
     weights = _preferred(inside, f"{source} ({folder})")
     # An index names its shards, "stem-00001-of-00002.safetensors".
-    wanted = ["config.json", weights, f"{weights.removesuffix(_INDEX)}-*.safetensors"]
+    wanted = ["config.json", "model_config.json", weights, f"{weights.removesuffix(_INDEX)}-*.safetensors"]
     try:
         root = Path(
             hub.snapshot_download(
