@@ -10,7 +10,7 @@ borders spoiled is cut off.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,12 @@ class Axis:
         first = max(first - self.before, 0)
         # The crop begins where an output element begins, so that strided steps keep their phase.
         return first - first % self.down, min(last + self.after, size)
+
+    def finished(self, size: int) -> int:
+        """How many output elements are made from the first `size` input elements, whatever comes behind them."""
+        if self.up > 1:
+            return max((size - self.after) * self.up - self.lead, 0)
+        return max((size + self.lead - self.after) // self.down, 0)
 
     def position(self, first: int) -> int:
         """Index of the first output element of a crop that begins at input element `first`."""
@@ -106,6 +112,30 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
             if name != step.writes and not _readers(name, later):
                 del grids[name]
     return grids[steps[-1].writes]
+
+
+def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor], tile: int) -> Iterator[Tensor]:
+    """Run a network over input (B, C, n) that comes in chunks, and yield its output as it is finished.
+
+    axis: how the output depends on the input; run: the network, padding where its input ends; tile: the most elements
+    of a piece of the output. Every piece is made from the whole context that it depends on, and nothing older is kept.
+    """
+    held: Tensor | None = None
+    begin = made = size = 0
+    for chunk in itertools.chain(chunks, [None]):
+        if chunk is not None:
+            held = chunk if held is None else torch.cat([held, chunk], dim=2)
+            size += chunk.shape[2]
+        ready = axis.output_size(size) if chunk is None else axis.finished(size)
+        while held is not None and made < ready:
+            stop = min(made + tile, ready)
+            first, last = axis.needs(made, stop, size)
+            skip = made - axis.position(first)
+            yield run(held[..., first - begin : last - begin])[..., skip : skip + stop - made]
+            made = stop
+            # A copy, so that what is no longer needed can be released.
+            oldest, _ = axis.needs(made, made + 1, size)
+            held, begin = held[..., oldest - begin :].clone(), oldest
 
 
 def spans(size: int, tile: int) -> list[tuple[int, int]]:

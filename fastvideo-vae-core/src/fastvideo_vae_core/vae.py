@@ -365,7 +365,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         output = self.encoded_shape(shape) if direction == "encode" else self.decoded_shape(shape)
         stored = self._half_dtype(direction)
         dtype, retry, notes = self._fp16(stored)
-        tile = self._configured_tile() if tile is None else tile
+        tile = self._configured_tile(direction, shape) if tile is None else tile
         plan = Plan(
             direction=direction,
             mode="whole" if tile is None else "tiled",
@@ -381,13 +381,17 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         )
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
-    def _configured_tile(self) -> tuple[int, ...] | None:
+    def _configured_tile(self, direction: Direction, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The tile that the configuration asks for; None computes whole grids."""
         if not self.config.use_tiling:
             return None
         return (self.config.tile_sample_min_height, self.config.tile_sample_min_width)
 
     def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
+    def _budget_tiles(self, direction: Direction, axes: int) -> list[tuple[int, ...]]:
+        """Tiles that a memory budget may choose from, the largest first."""
+        return [(length,) * axes for length in _TILES]
+
         """Type to compute in, whether to retry in float32, and why."""
         if stored != torch.float16:
             return stored, False, ()
@@ -401,7 +405,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     def _within(self, plan: Plan, budget: int) -> Plan:
         """The first of ever smaller plans that is predicted to fit."""
-        tiles = [(length,) * (len(plan.input_shape) - 2) for length in _TILES]
+        tiles = self._budget_tiles(plan.direction, len(plan.input_shape) - 2)
         candidates = [plan, replace(plan, items=1)]
         candidates += [replace(plan, mode="tiled", items=1, tile=tile) for tile in tiles]
         for candidate in candidates:
