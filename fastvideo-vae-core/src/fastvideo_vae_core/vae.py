@@ -298,11 +298,12 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         layout of the weights; everywhere else the plain layout keeps to the reference's order of operations."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 weight = module.weight
                 last = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
-                layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
-                weight.data = weight.data.contiguous(memory_format=layout if last else torch.contiguous_format)
+                order = (0, *range(2, weight.ndim), 1) if last else range(weight.ndim)
+                inverse = (0, weight.ndim - 1, *range(1, weight.ndim - 1)) if last else range(weight.ndim)
+                weight.data = weight.data.permute(*order).contiguous().permute(*inverse)
         return self
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
@@ -387,11 +388,11 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             return None
         return (self.config.tile_sample_min_height, self.config.tile_sample_min_width)
 
-    def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
     def _budget_tiles(self, direction: Direction, axes: int) -> list[tuple[int, ...]]:
         """Tiles that a memory budget may choose from, the largest first."""
         return [(length,) * axes for length in _TILES]
 
+    def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
         """Type to compute in, whether to retry in float32, and why."""
         if stored != torch.float16:
             return stored, False, ()

@@ -1,0 +1,207 @@
+"""Snake for audio on a GPU: the sum that it is taken of, and Snake itself, in one pass over memory.
+
+The definition is `ops.snake.snake`, which needs five passes. Everything between is float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from fastvideo_vae_core.ops.conv1d import Sum
+
+# Elements that a program holds at a time.
+_TILE = 8192
+
+
+def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """The sum where it is to be kept, and Snake of it, each dense in the layout of x: plain or channels-last."""
+    last = x.x.stride(1) == 1
+    # In memory: rows of samples with channels beside each other, or rows of channels.
+    main, branch = (_rows(each, last) for each in (x.x, x.branch))
+    assert main is not None
+    total, out = (torch.empty(main.shape, dtype=main.dtype, device=main.device) for _ in range(2))
+    batch, rows, columns = main.shape
+    block = min(triton.next_power_of_2(columns), 128 if last else 1024)
+    tile = max(_TILE // block, 1)
+    grid = (triton.cdiv(rows, tile), triton.cdiv(columns, block), batch)
+    _snake_kernel[grid](
+        main,
+        branch if branch is not None else main,
+        x.bias if x.bias is not None else alpha,
+        alpha,
+        beta,
+        total,
+        out,
+        rows,
+        columns,
+        main.stride(0),
+        main.stride(1),
+        branch.stride(0) if branch is not None else 0,
+        branch.stride(1) if branch is not None else 0,
+        branch is not None,
+        x.bias is not None,
+        keep,
+        last,
+        main.dtype == torch.float32,
+        tile,
+        block,
+        num_warps=8,
+    )
+    made = [each.transpose(1, 2) if last else each for each in (total, out)]
+    return made[0] if keep else None, made[1]
+
+
+def snake_pointwise(x: Sum, alpha: Tensor, beta: Tensor, conv: nn.Conv1d, skip: Tensor) -> Tensor:
+    """skip + conv(snake(x)) for a convolution of one tap; channels-last, and channels as `takes_pointwise` says."""
+    rows, skipped = x.x.transpose(1, 2), skip.transpose(1, 2)
+    out = torch.empty_like(rows)
+    channels, count = rows.shape[2], rows.shape[0] * rows.shape[1]
+    tile, step, warps = (128, 64, 8) if channels <= 128 else (128, 32, 8)
+    assert rows.is_contiguous()
+    assert skipped.is_contiguous()
+    _pointwise_kernel[(triton.cdiv(count, tile),)](
+        rows,
+        skipped,
+        conv.weight,
+        x.bias if x.bias is not None else alpha,
+        alpha,
+        beta,
+        conv.bias if conv.bias is not None else alpha,
+        out,
+        count,
+        x.bias is not None,
+        conv.bias is not None,
+        channels,
+        tile,
+        step,
+        num_warps=warps,
+    )
+    return out.transpose(1, 2)
+
+
+def takes_pointwise(channels: int) -> bool:
+    """Whether a program can hold all channels of its rows at once."""
+    return channels in (64, 128, 256)
+
+
+def _rows(x: Tensor | None, last: bool) -> Tensor | None:
+    """The tensor as (B, rows, columns), its columns without gaps in memory."""
+    if x is None:
+        return None
+    rows = x.transpose(1, 2) if last else x
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+@triton.jit
+def _snake(x, alpha, scale, EXACT: tl.constexpr):
+    """x + scale * sin(alpha x)^2 in float32."""
+    angle = x * alpha
+    if EXACT:
+        sine = tl.sin(angle)
+    else:
+        # The square has period pi, which is taken off in three parts whose products with a whole number are exact;
+        # what is left is in [-pi/2, pi/2], where these terms of the sine are right to float32.
+        turns = tl.floor(angle * 0.3183098861837907 + 0.5)
+        rest = angle - turns * 3.140625
+        rest = rest - turns * 9.67502593994140625e-4
+        rest = rest - turns * 1.509957990978376432e-7
+        square = rest * rest
+        series = 2.7557319223985893e-6 - square * 2.505210838544172e-8
+        series = -1.984126984126984e-4 + square * series
+        series = 8.333333333333333e-3 + square * series
+        series = -0.16666666666666666 + square * series
+        sine = rest + rest * square * series
+    return x + scale * sine * sine
+
+
+@triton.jit
+def _snake_kernel(
+    main,
+    branch,
+    bias,
+    alphas,
+    betas,
+    total,
+    out,
+    rows,
+    columns,
+    main_item,
+    main_row,
+    branch_item,
+    branch_row,
+    BRANCH: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    LAST: tl.constexpr,
+    EXACT: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile: of (samples, channels) where LAST, else of (channels, samples)."""
+    item = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < rows) & (column < columns)
+    if LAST:
+        channel = column
+        known = column < columns
+    else:
+        channel = row
+        known = row < rows
+    alpha = tl.exp(tl.load(alphas + channel, mask=known, other=0.0).to(tl.float32))
+    scale = 1.0 / (tl.exp(tl.load(betas + channel, mask=known, other=0.0).to(tl.float32)) + 1e-9)
+    value = tl.load(main + item * main_item + row * main_row + column, mask=mask, other=0.0).to(tl.float32)
+    if BRANCH:
+        value += tl.load(branch + item * branch_item + row * branch_row + column, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        value += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    at = (item * rows + row) * columns + column
+    if KEEP:
+        # What is kept is rounded, and Snake is taken of what is kept.
+        kept = value.to(total.dtype.element_ty)
+        tl.store(total + at, kept, mask=mask)
+        value = kept.to(tl.float32)
+    tl.store(out + at, _snake(value, alpha, scale, EXACT).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pointwise_kernel(
+    x,
+    skip,
+    weight,
+    bias,
+    alphas,
+    betas,
+    conv_bias,
+    out,
+    count,
+    BIAS: tl.constexpr,
+    CONV_BIAS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """A tile of samples with all their channels: skip + W snake(x + bias) + conv_bias."""
+    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
+    column = tl.arange(0, CHANNELS)
+    mask = row < count
+    sums = tl.zeros((TILE, CHANNELS), tl.float32)
+    for first in range(0, CHANNELS, STEP):
+        channel = first + tl.arange(0, STEP)
+        alpha = tl.exp(tl.load(alphas + channel).to(tl.float32))
+        scale = 1.0 / (tl.exp(tl.load(betas + channel).to(tl.float32)) + 1e-9)
+        value = tl.load(x + row * CHANNELS + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            value += tl.load(bias + channel).to(tl.float32)[None, :]
+        made = _snake(value, alpha[None, :], scale[None, :], False).to(x.dtype.element_ty)
+        # W is (out, in), so this reads it transposed.
+        taps = tl.load(weight + column[None, :] * CHANNELS + channel[:, None])
+        sums = tl.dot(made, taps, sums)
+    if CONV_BIAS:
+        sums += tl.load(conv_bias + column).to(tl.float32)[None, :]
+    at = row * CHANNELS + column[None, :]
+    sums += tl.load(skip + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=mask)
