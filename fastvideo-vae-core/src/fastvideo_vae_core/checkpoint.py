@@ -235,10 +235,10 @@ def _open_pickle(path: Path) -> Checkpoint:
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+    except pickle.UnpicklingError:
+        # Its message advises to run the code.
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors and was not run ({reason}); use a safetensors file"
+            f"{path} is damaged, no checkpoint, or holds more than tensors and was not run; use a safetensors file"
         ) from None
     # The unpickler lets a damaged file end in almost any exception.
     except Exception as error:

@@ -100,7 +100,8 @@ def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
         raise CheckpointError(f'{source} is no local path; for the hub install "fastvideo-vae-core[hub]"') from None
     try:
         files = hub.list_repo_files(source, revision=revision)
-    except (OSError, ValueError) as error:
+    # The hub's HTTP client raises errors of its own, and which client that is changed between versions.
+    except Exception as error:
         # Without a network, what was downloaded before still loads.
         try:
             root = Path(hub.snapshot_download(source, revision=revision, local_files_only=True))
@@ -121,6 +122,6 @@ def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
                 allow_patterns=[f"{folder}/{each}" if folder != "." else each for each in wanted],
             )
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise CheckpointError(f"{source} could not be downloaded: {error}") from None
     return root / folder

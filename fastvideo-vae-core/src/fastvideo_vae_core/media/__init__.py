@@ -18,15 +18,17 @@ if TYPE_CHECKING:
         resample,
         write_audio,
     )
+    from fastvideo_vae_core.media.color import ColorTags
     from fastvideo_vae_core.media.files import atomic_output, media_kind
     from fastvideo_vae_core.media.images import from_uint8, read_image, to_uint8, write_image
-    from fastvideo_vae_core.media.video import ColorTags, VideoInfo, VideoReader, VideoWriter, probe_video
+    from fastvideo_vae_core.media.video import VideoInfo, VideoReader, VideoWriter, probe_video
 
 _HOME = {
     "audio": ("AudioInfo", "AudioReader", "AudioWriter", "probe_audio", "read_audio", "resample", "write_audio"),
+    "color": ("ColorTags",),
     "files": ("atomic_output", "media_kind"),
     "images": ("from_uint8", "read_image", "to_uint8", "write_image"),
-    "video": ("ColorTags", "VideoInfo", "VideoReader", "VideoWriter", "probe_video"),
+    "video": ("VideoInfo", "VideoReader", "VideoWriter", "probe_video"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -103,3 +103,5 @@ def ffmpeg_errors(path: str | os.PathLike[str], action: str) -> Iterator[None]:
         yield
     except av.FFmpegError as error:
         raise MediaError(f"{path} cannot be {action}: {error.strerror or error}") from error
+    except av.codec.codec.UnknownCodecError as error:
+        raise MediaError(f"{path} cannot be {action}: PyAV has no {error} here; install its own wheel") from error

@@ -1,0 +1,103 @@
+"""What goes to the terminal: results to stdout as text or as one JSON document, remarks and progress to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO, TypeVar
+
+from fastvideo_vae_core.cli.parser import PROGRAM
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Console:
+    """How to talk.
+
+    Attributes:
+        json: the result is one JSON document, and nothing else goes to stdout.
+        quiet: no remarks and no progress bars.
+    """
+
+    json: bool
+    quiet: bool
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Console:
+        return cls(json=options.json, quiet=options.quiet)
+
+    def say(self, *lines: str) -> None:
+        """A part of the result, for people."""
+        if not self.json:
+            _print("\n".join(lines), sys.stdout)
+
+    def remark(self, text: str) -> None:
+        """Something to know that is not the result."""
+        if not self.quiet:
+            _print(f"{PROGRAM}: {text}", sys.stderr)
+
+    def finish(self, document: Any) -> None:
+        """The result, for machines."""
+        if self.json:
+            print(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+    def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """Go through items with a bar, where somebody watches and there is more than one."""
+        if self.json or self.quiet or len(items) < 2 or not sys.stderr.isatty():
+            return iter(items)
+        from tqdm import tqdm
+
+        bar: Iterable[Item] = tqdm(items, desc=what, unit="file", file=sys.stderr)
+        return iter(bar)
+
+
+def _print(text: str, file: TextIO) -> None:
+    """Print above a progress bar, if there is one."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=file)
+    else:
+        print(text, file=file)
+
+
+def rows(pairs: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
+    """Lines of a name and a value, the values below one another; a value of several lines keeps its column."""
+    pairs = list(pairs)
+    width = max((len(name) for name, _ in pairs), default=0)
+    gap = " " * (indent + width + 2)
+    return [f"{' ' * indent}{name:<{width}}  {value}".replace("\n", f"\n{gap}").rstrip() for name, value in pairs]
+
+
+def sizes(shape: Iterable[int]) -> str:
+    """ "1 x 3 x 512 x 512"."""
+    return " x ".join(map(str, shape))
+
+
+def in_shell_words(message: str) -> str:
+    """Advice that the library gives in Python, as options of this command."""
+    for pattern, replacement in _SHELL_WORDS:
+        message = re.sub(pattern, replacement, message)
+    return message
+
+
+_SHELL_WORDS = (
+    (r"VAEConfig\((fp16)='(\w+)'\)", r"--\1 \2"),
+    (r"\b(family|variant|component|fp16)='(\w+)'", r"--\1 \2"),
+    (r", or use pad_to_valid\(\) and crop_to\(\)", ", or leave out --no-pad"),
+)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: an identical picture has a PSNR of null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return value
