@@ -50,18 +50,22 @@ class Checkpoint:
     metadata: Mapping[str, str]
     _sources: Mapping[str, Any]
 
-    def read(self, name: str) -> Tensor:
-        """The stored tensor on the CPU, mapped from the file: only the pages that are touched are read."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The stored tensor on the CPU, mapped from the file: only the pages that are touched are read.
+
+        dtype: what it is going to be used in; a weight that has to be computed first is computed in that.
+        """
         source = self._sources[name]
+        if isinstance(source, NormedWeight):
+            return source.read(dtype or self.infos[name].dtype)
         tensor = source if isinstance(source, Tensor) else source.get_tensor(name)
         assert isinstance(tensor, Tensor)
         return tensor
 
     def head(self, name: str) -> Tensor:
-        """The stored tensor, or as much of its beginning as is computed in no time and has `HEAD` values."""
-        source = self._sources[name]
-        tensor = source.head(HEAD) if isinstance(source, NormedWeight) else self.read(name)
-        return tensor.to(self.infos[name].dtype)
+        """The stored tensor, or of one that has to be computed a beginning of at least HEAD values."""
+        source, dtype = self._sources[name], self.infos[name].dtype
+        return source.read(dtype, HEAD).to(dtype) if isinstance(source, NormedWeight) else self.read(name)
 
 
 def open_checkpoint(paths: Iterable[Path]) -> Checkpoint:

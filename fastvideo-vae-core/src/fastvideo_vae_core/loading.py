@@ -203,7 +203,7 @@ def _fill(
         if name not in renames:
             continue
         stored, reshape = renames[name]
-        tensor = fit(checkpoint.read(stored), expected.shape, reshape)
+        tensor = fit(checkpoint.read(stored, dtypes[_encodes(model, name)]), expected.shape, reshape)
         if tensor is None:
             misshapen.append(f"{stored} {checkpoint.infos[stored].shape} for {tuple(expected.shape)}")
         elif not (missing or unexpected or misshapen):

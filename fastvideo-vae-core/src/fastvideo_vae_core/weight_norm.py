@@ -31,12 +31,20 @@ def folded(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, infos=infos, _sources=sources)
 
 
-def fold(norm: Tensor, direction: Tensor) -> Tensor:
-    """The weight in float64: each slice of the direction along the first axis, scaled to its norm (N, 1, ...)."""
-    direction = direction.double()
-    length = torch.linalg.vector_norm(direction, dim=tuple(range(1, direction.ndim)), keepdim=True)
-    # A slice of zeros with a norm of zero stands for zeros.
-    return direction * (norm.double() / length.clamp_min(torch.finfo(torch.float64).tiny))
+def fold(norm: Tensor, direction: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight that norm (N, 1, ...) and direction (N, ...) stand for, as PyTorch computes it in that type."""
+    weight = torch._weight_norm(direction.to(dtype), norm.to(dtype), 0)
+    # A slice of zeros with a norm of zero stands for zeros, not for 0 / 0.
+    return torch.where(norm == 0, torch.zeros((), dtype=dtype), weight)
+
+
+def unfold(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm and direction of a weight. Folding them again gives the same weight bit for bit: the norms are in at least
+    float32, and those that folding is going to divide by."""
+    wide = weight.detach().cpu().to(torch.promote_types(weight.dtype, torch.float32))
+    ones = torch.ones((len(weight), *[1] * (weight.ndim - 1)), dtype=wide.dtype)
+    _, norm = torch._weight_norm_interface(wide.contiguous(), ones, 0)
+    return norm.view_as(ones).to(weight.device), weight
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,11 @@ class NormedWeight:
     norm: str
     direction: str
 
-    def get_tensor(self, name: str) -> Tensor:
-        """The whole weight."""
-        return fold(self.checkpoint.read(self.norm), self.checkpoint.read(self.direction))
-
-    def head(self, values: int) -> Tensor:
-        """As many slices of the weight as have that many values."""
-        direction = self.checkpoint.read(self.direction)
-        slices = -(-values * len(direction) // direction.numel())
-        return fold(self.checkpoint.read(self.norm)[:slices], direction[:slices])
+    def read(self, dtype: torch.dtype, values: int | None = None) -> Tensor:
+        """The weight, computed in that type but at least in float32; or as many slices of it as have `values`."""
+        norm, direction = self.checkpoint.read(self.norm), self.checkpoint.read(self.direction)
+        slices = None if values is None else -(-values * len(direction) // direction.numel())
+        return fold(norm[:slices], direction[:slices], torch.promote_types(dtype, torch.float32))
 
 
 def _fits(checkpoint: Checkpoint, norm: str, direction: str) -> bool:
