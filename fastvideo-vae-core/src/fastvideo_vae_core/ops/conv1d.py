@@ -66,6 +66,13 @@ def upsample1d(x: Tensor, conv: nn.ConvTranspose1d) -> Sum:
     return Sum(y[:, :, padding : y.shape[2] - padding], bias=conv.bias)
 
 
+def formulation(device: torch.device, dtype: torch.dtype) -> str:
+    """For people: how convolutions and Snake are computed on that device in that type."""
+    if _is_channels_last(device, dtype):
+        return "convolutions in 2-D over channels-last grids, with biases, residuals and Snake in one pass"
+    return "convolutions in 1-D" + (", Snake in one pass" if device.type == "cuda" and dtype != torch.float64 else "")
+
+
 def needs(conv: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tuple[int, int]:
     """The inputs [a, b] that the outputs [first, last] are made from; what lies beyond the signal's ends is padding."""
     stride, padding, dilation = _numbers(conv)
@@ -83,4 +90,8 @@ def _numbers(conv: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int, int, int]:
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    return _is_channels_last(x.device, x.dtype)
+
+
+def _is_channels_last(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)

@@ -47,7 +47,7 @@ def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     if y.requires_grad:
         return x + scale * y.sin().square()
     # The product is new, so the rest needs no further buffer.
-    return torch.addcmul(x, y.sin_().square_(), scale, out=y)
+    return y.sin_().square_().mul_(scale).add_(x)
 
 
 def snake_pointwise(x: Sum, act: Snake, conv: nn.Conv1d, skip: Tensor) -> Sum:
