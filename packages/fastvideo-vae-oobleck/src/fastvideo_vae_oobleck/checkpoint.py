@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastvideo_vae_core.checkpoint import RenameTable, Rule
 from fastvideo_vae_core.errors import CheckpointError
 from fastvideo_vae_core.family import Evidence, Inferred
+from fastvideo_vae_core.weight_norm import unfold
 from fastvideo_vae_oobleck.config import ACE_STEP, STABLE_AUDIO_OPEN, OobleckArchConfig
 
 if TYPE_CHECKING:
@@ -76,17 +77,12 @@ def infer(evidence: Evidence) -> Inferred:
 def weight_norm_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as diffusers has it, every convolution's weight as a direction `weight_v` and a norm `weight_g`.
 
-    Norms are one type wider than the weights, so that folding them again gives the same weights bit for bit.
+    Loading it again gives the same weights bit for bit.
     """
-    import torch
-
-    wider = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name.endswith(".weight"):
-            norm = torch.linalg.vector_norm(tensor.double(), dim=(1, 2), keepdim=True)
-            state[f"{name}_g"] = norm.to(wider.get(tensor.dtype, torch.float64))
-            state[f"{name}_v"] = tensor
+            state[f"{name}_g"], state[f"{name}_v"] = unfold(tensor)
         else:
             state[name] = tensor
     return state

@@ -59,6 +59,6 @@ class OobleckDiagonalGaussianDistribution:
         return (gap + self.var / other.var + other.logvar - self.logvar - 1.0).sum(1).mean()
 
     def nll(self, sample: Tensor) -> Tensor:
-        """Negative log-likelihood of latents (B, C, s) in nats, summed over channels, averaged over the rest."""
+        """Negative log-likelihood (B,) in nats of latents (B, C, s)."""
         gap = (sample - self.mean).square() / self.var
-        return 0.5 * (math.log(2.0 * math.pi) + self.logvar + gap).sum(1).mean()
+        return 0.5 * (math.log(2.0 * math.pi) + self.logvar + gap).flatten(1).sum(1)

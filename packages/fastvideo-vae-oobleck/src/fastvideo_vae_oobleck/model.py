@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
-from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, needs, upsample1d
+from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, formulation, needs, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import Snake, snake_pointwise
-from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, run_steps, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_oobleck.config import OobleckArchConfig
 from fastvideo_vae_oobleck.distribution import OobleckDiagonalGaussianDistribution
+
+# So many pieces are computed to predict the memory of any number.
+_ALIKE = 3
 
 # Latents of a piece where audio is computed in pieces: 24 s of Stable Audio, of which 4 % are computed twice.
 _PIECE = 512
@@ -124,12 +128,43 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
     def _decode(self, z_BCs: Tensor) -> Tensor:
         return self.decoder(z_BCs)
 
+    def _plan(
+        self,
+        direction: Direction,
+        shape: tuple[int, ...],
+        memory_budget: int | str | None = None,
+        tile: Sequence[int] | None = None,
+        items: int | None = None,
+    ) -> Plan:
+        plan = super()._plan(direction, shape, memory_budget, tile, items)
+        notes = [formulation(plan.device, plan.dtype)]
+        if plan.tile is not None:
+            (axis,) = self._steps(direction)[0].axes
+            notes.append(
+                f"{axis.before // axis.down} latents of context before and {axis.after // axis.down} behind a piece"
+            )
+        return replace(plan, notes=(*plan.notes, *notes))
+
     def _configured_tile(self, direction: Direction, shape: Sequence[int]) -> tuple[int, ...] | None:
         latents = shape[2] if direction == "decode" else shape[2] // self.arch.hop_length
         return None if latents <= 2 * _PIECE else self._tile(direction, _PIECE)
 
     def _budget_tiles(self, direction: Direction, axes: int) -> list[tuple[int, ...]]:
         return [self._tile(direction, _PIECE >> halvings) for halvings in range(_PIECE.bit_length())]
+
+    def _predict(self, plan: Plan) -> int:
+        """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
+        pieces = 0 if plan.tile is None else -(-plan.output_shape[2] // plan.tile[0])
+        if plan.tile is None or pieces <= _ALIKE:
+            return super()._predict(plan)
+        (tile,) = plan.tile
+        latents = _ALIKE * (tile if plan.direction == "encode" else -(-tile // self.arch.hop_length))
+        short_z = (*plan.input_shape[:1], self.channels[1], latents)
+        shapes = short_z, self.decoded_shape(short_z)
+        short = shapes[plan.direction == "encode"], shapes[plan.direction == "decode"]
+        less = replace(plan, input_shape=short[0], output_shape=short[1])
+        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
+        return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
 
     def _tile(self, direction: Direction, latents: int) -> tuple[int]:
         return (latents if direction == "encode" else latents * self.arch.hop_length,)
