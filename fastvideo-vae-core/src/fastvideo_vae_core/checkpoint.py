@@ -173,14 +173,11 @@ def canonical_infos(checkpoint: Checkpoint, recognised: Recognised) -> dict[str,
     return {name: checkpoint.infos[stored] for name, (stored, _) in recognised.renames.items()}
 
 
-def fit(tensor: Tensor, shape: torch.Size, reshape: bool) -> Tensor | None:
-    """The stored tensor in the model's shape, or None if it does not fit."""
-    if tensor.shape == shape:
-        return tensor
-    axes = [length for length in tensor.shape if length != 1]
-    if reshape and axes == [length for length in shape if length != 1]:
-        return tensor.reshape(shape)
-    return None
+def fits(stored: Sequence[int], wanted: Sequence[int], reshape: bool) -> bool:
+    """Whether a stored shape is the model's, or with `reshape` differs from it only in axes of length one."""
+    if not reshape:
+        return tuple(stored) == tuple(wanted)
+    return [length for length in stored if length != 1] == [length for length in wanted if length != 1]
 
 
 def fingerprint(tensors: Iterable[tuple[str, Sequence[int], Tensor]]) -> str:

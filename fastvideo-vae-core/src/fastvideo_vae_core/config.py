@@ -77,7 +77,7 @@ class VAEConfig(_Checked):
             `load`, else that of the checkpoint.
         fp16: what a float16 half does about overflow. `upcast` computes in float32 with the float16 weights; `retry`
             computes in float16, and again in float32 when the result is not finite, with a warning; `off` returns what
-            float16 gives. `auto` is `upcast` where the checkpoint says `force_upcast`, else `retry`.
+            float16 gives. `auto` is `upcast` on a CPU and where the checkpoint says `force_upcast`, else `retry`.
         illegal_sizes: `refuse` sizes that the architecture does not map to whole latents, with a ShapeError that names
             the nearest ones; or do what the `official` implementation does, which drops or cuts without a word.
         use_slicing: one item of the batch at a time.
@@ -148,7 +148,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise ConfigError(f"{where} is larger than any float") from None
+            raise ConfigError(f"{where} must fit a float, which ends near 1.8e308") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
     return value

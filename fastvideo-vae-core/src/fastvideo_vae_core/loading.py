@@ -19,7 +19,7 @@ from fastvideo_vae_core.checkpoint import (
     Recognised,
     canonical_infos,
     fingerprint,
-    fit,
+    fits,
     listing,
     recognise,
 )
@@ -191,34 +191,38 @@ def _fill(
     dtype: torch.dtype | None,
 ) -> None:
     """Give a model on the meta device its weights, one tensor at a time, straight to their device and type."""
-    wanted = model.state_dict()
+    _check_fit(model, checkpoint, recognised)
     renames = recognised.renames
-    halves = _unloaded(model)
-    unexpected = [name for name in renames if name not in wanted and not name.startswith(halves)]
-    missing = [name for name in wanted if name not in renames]
-    misshapen = []
     tensors: dict[str, Tensor] = {}
     dtypes = {half: _half_dtype(model, half, checkpoint, renames, dtype) for half in (True, False)}
-    for name, expected in wanted.items():
-        if name not in renames:
-            continue
-        stored, reshape = renames[name]
-        tensor = fit(checkpoint.read(stored, dtypes[_encodes(model, name)]), expected.shape, reshape)
-        if tensor is None:
-            misshapen.append(f"{stored} {checkpoint.infos[stored].shape} for {tuple(expected.shape)}")
-        elif not (missing or unexpected or misshapen):
-            # A copy, so that the file may be replaced while the model lives.
-            tensors[name] = tensor.to(device, dtypes[_encodes(model, name)], copy=True)
-    problems = [("missing", missing), ("unexpected", [*recognised.unexpected, *unexpected]), ("misshapen", misshapen)]
-    if any(names for _, names in problems):
-        where = ", ".join(map(str, checkpoint.paths))
-        told = "; ".join(f"{len(names)} {what}: {listing(names)}" for what, names in problems if names)
-        raise CheckpointError(
-            f"{where} does not fit {recognised.family.name} ({recognised.layout.name} layout): {told}"
-        )
+    for name, expected in model.state_dict().items():
+        half = dtypes[_encodes(model, name)]
+        tensor = checkpoint.read(renames[name][0], half).reshape(expected.shape)
+        # A copy, so that the file may be replaced while the model lives.
+        tensors[name] = tensor.to(device, half, copy=True)
     if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise CheckpointError(f"{len(bad)} tensors hold NaN or infinity: {listing(bad)}; the file is damaged")
     model.load_state_dict(tensors, strict=True, assign=True)
+
+
+def _check_fit(model: torch.nn.Module, checkpoint: Checkpoint, recognised: Recognised) -> None:
+    """Name every tensor that is missing, unexpected or of another shape than the model's."""
+    wanted, renames, left = model.state_dict(), recognised.renames, _unloaded(model)
+    missing = [name for name in wanted if name not in renames]
+    unexpected = [name for name in renames if name not in wanted and not name.startswith(left)]
+    misshapen = []
+    for name in wanted.keys() & renames.keys():
+        stored, reshape = renames[name]
+        shape = checkpoint.infos[stored].shape
+        if not fits(shape, wanted[name].shape, reshape):
+            misshapen.append(f"{stored} {shape} for {tuple(wanted[name].shape)}")
+    problems = {"missing": missing, "unexpected": [*recognised.unexpected, *unexpected], "misshapen": sorted(misshapen)}
+    if any(problems.values()):
+        where = ", ".join(map(str, checkpoint.paths))
+        told = "; ".join(f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names)
+        raise CheckpointError(
+            f"{where} does not fit {recognised.family.name} ({recognised.layout.name} layout): {told}"
+        )
 
 
 def _unloaded(model: Any) -> tuple[str, ...]:
@@ -278,13 +282,25 @@ def _describe(found: Found, recognised: Recognised) -> dict[str, Any]:
     try:
         if found.config_for(recognised.component) is None:
             inferred: Inferred = load_object(recognised.component.infer)(_evidence(found, recognised))
-            description |= {"variants": list(inferred.variants), "arch": inferred.arch.to_dict()}
+            arch, variants = inferred.arch, list(inferred.variants)
         else:
             arch, variant = _architecture(found, recognised, None)
-            description |= {"variants": [variant] if variant else [], "arch": arch.to_dict()}
+            variants = [variant] if variant else []
+        description |= {"variants": variants, "arch": arch.to_dict()}
+        _check_fit(_shell(recognised, arch), found.checkpoint, recognised)
     except (CheckpointError, ConfigError) as error:
         description["problem"] = str(error)
     return description
+
+
+def _shell(recognised: Recognised, arch: VAEArchConfig) -> torch.nn.Module:
+    """The model without weights, of the halves that the checkpoint holds."""
+    cls = load_object(recognised.component.model)
+    halves = {name.partition(".")[0] for name in recognised.renames}
+    encoder, decoder = (not halves.isdisjoint(names) for names in (cls.encoder_modules, cls.decoder_modules))
+    with torch.device("meta"):
+        shell: torch.nn.Module = cls(VAEConfig(arch_config=arch, load_encoder=encoder, load_decoder=decoder))
+    return shell
 
 
 def _evidence(found: Found, recognised: Recognised) -> Evidence:

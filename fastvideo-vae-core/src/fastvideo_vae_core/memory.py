@@ -27,7 +27,7 @@ def parse_bytes(size: int | str) -> int:
     number = text.rstrip("BIGKM")
     try:
         return math.floor(float(number) * _UNITS[text[len(number) :] or "B"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ConfigError(f"{size!r} is no size in bytes; write it like 6GiB or 500MB") from None
 
 

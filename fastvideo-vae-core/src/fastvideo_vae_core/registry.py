@@ -71,6 +71,12 @@ def failures() -> dict[str, str]:
     return {name: str(error) for name, error in _attempts().items() if isinstance(error, FamilyError)}
 
 
+def missing() -> dict[str, str]:
+    """Known families that are not installed: name -> what to install."""
+    present = {point.name for point in _points()}
+    return {names[0]: distribution for distribution, names in _KNOWN.items() if names[0] not in present}
+
+
 def _attempts() -> dict[str, Family | FamilyError]:
     attempts: dict[str, Family | FamilyError] = {}
     for name in sorted({point.name for point in _points()}):

@@ -92,7 +92,9 @@ def _preferred(names: Collection[str], where: str) -> str:
 
 def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
     """Download the configuration and one set of weights of a hub repository, and give the folder they are in."""
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
+    # Where the owner is a folder here, somebody mistyped a path, and asking the hub would only take time.
+    local = source.startswith((".", "/", "~")) or source.endswith(SUFFIXES) or Path(source).parent.is_dir()
+    if source.count("/") != 1 or local:
         raise CheckpointError(f"{source} does not exist, and is no hub id of the form owner/name")
     try:
         import huggingface_hub as hub

@@ -48,7 +48,9 @@ class Axis:
         if self.whole:
             return 0, size
         if self.up > 1:
-            first, last = (start + self.lead) // self.up, -(-(stop + self.lead) // self.up)
+            # Whatever a crop begins with lacks the lead, as the first element of the whole does.
+            first = (start + self.lead) // self.up - (1 if self.lead else 0)
+            last = -(-(stop + self.lead) // self.up)
         else:
             first, last = start * self.down - self.lead, stop * self.down - self.lead
         first = max(first - self.before, 0)
@@ -99,13 +101,13 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
     A grid is released after its last reader. Statistics are gathered while tiles are written.
     """
     grids, moments = {"x": x}, dict[str, Moments | None]()
-    if steps[0].norm is not None:
-        moments["x"] = Moments.of(x, steps[0].norm.num_groups)
     for index, step in enumerate(steps):
         reads = [grids[name] for name in step.reads]
         later = steps[index + 1 :]
-        following = next((each.norm for each in _readers(step.writes, later) if each.norm is not None), None)
-        made, gathered = _run_step(step, reads, moments.get(step.reads[0]), tile, following)
+        heads = (each.norm for each in _readers(step.writes, later) if each.reads[0] == step.writes)
+        following = next((norm for norm in heads if norm is not None), None)
+        known = None if step.norm is None else _moments(reads[0], step.norm, moments.get(step.reads[0]))
+        made, gathered = _run_step(step, reads, known, tile, following)
         del reads
         grids[step.writes], moments[step.writes] = made, gathered
         for name in list(grids):
@@ -145,6 +147,13 @@ def spans(size: int, tile: int) -> list[tuple[int, int]]:
     pieces = -(-size // tile)
     edges = [size * each // pieces for each in range(pieces + 1)]
     return list(itertools.pairwise(edges))
+
+
+def _moments(grid: Tensor, norm: nn.GroupNorm, gathered: Moments | None) -> Moments:
+    """Those that were gathered while the grid was written, if they are of the groups that the norm has."""
+    if gathered is not None and gathered.mean.shape[1] == norm.num_groups:
+        return gathered
+    return Moments.of(grid, norm.num_groups)
 
 
 def _readers(name: str, later: Sequence[Step]) -> list[Step]:

@@ -366,7 +366,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         output = self.encoded_shape(shape) if direction == "encode" else self.decoded_shape(shape)
         stored = self._half_dtype(direction)
         dtype, retry, notes = self._fp16(stored)
-        tile = self._configured_tile(direction, shape) if tile is None else tile
+        tile = self._configured_tile() if tile is None else tile
         plan = Plan(
             direction=direction,
             mode="whole" if tile is None else "tiled",
@@ -382,7 +382,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         )
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
-    def _configured_tile(self, direction: Direction, shape: Sequence[int]) -> tuple[int, ...] | None:
+    def _configured_tile(self) -> tuple[int, ...] | None:
         """The tile that the configuration asks for; None computes whole grids."""
         if not self.config.use_tiling:
             return None
@@ -396,12 +396,16 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         """Type to compute in, whether to retry in float32, and why."""
         if stored != torch.float16:
             return stored, False, ()
-        policy = self.config.fp16
+        policy, reason = self.config.fp16, "fp16='upcast'"
         if policy == "auto":
-            policy = "upcast" if getattr(self.config.arch_config, "force_upcast", False) else "retry"
+            if getattr(self.config.arch_config, "force_upcast", False):
+                policy, reason = "upcast", "force_upcast of the checkpoint; fp16='retry' is faster on a GPU"
+            elif self.device.type == "cpu":
+                policy, reason = "upcast", "CPUs are many times slower in float16"
+            else:
+                policy = "retry"
         if policy == "upcast":
-            reason = "force_upcast of the checkpoint" if self.config.fp16 == "auto" else "fp16='upcast'"
-            return torch.float32, False, (f"float16 weights computed in float32: {reason}; fp16='retry' is faster",)
+            return torch.float32, False, (f"float16 weights computed in float32: {reason}",)
         return stored, policy == "retry", ("float32 again if float16 overflows",) if policy == "retry" else ()
 
     def _within(self, plan: Plan, budget: int) -> Plan:
@@ -414,7 +418,8 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
                 return replace(candidate, notes=(*candidate.notes, f"chosen for a budget of {format_bytes(budget)}"))
         least = min(candidate.peak_bytes for candidate in candidates)
         raise MemoryBudgetError(
-            f"{plan.direction} of {plan.input_shape} needs {format_bytes(least)} or more, not {format_bytes(budget)}"
+            f"{plan.direction} of {plan.input_shape} needs {format_bytes(least)} or more, the budget is"
+            f" {format_bytes(budget)}; raise it, or take a smaller input or a 16-bit dtype"
         )
 
     def _predict(self, plan: Plan) -> int:

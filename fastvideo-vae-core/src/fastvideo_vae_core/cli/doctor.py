@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fastvideo_vae_core import registry
 from fastvideo_vae_core.cli.console import Console
-from fastvideo_vae_core.cli.families import distribution_version, not_installed
+from fastvideo_vae_core.cli.families import distribution_version
 
 Status = Literal["ok", "note", "wrong"]
 
@@ -103,7 +103,7 @@ def _families() -> Iterator[Finding]:
         yield Finding("ok", name, f"{family.distribution} {distribution_version(family.distribution)}, {family.title}")
     for name, reason in broken.items():
         yield Finding("wrong", name, reason)
-    for name, distribution in not_installed().items():
+    for name, distribution in registry.missing().items():
         yield Finding("note", name, f"not installed: pip install {distribution}")
     if not installed and not broken:
         yield Finding("wrong", "families", "none is installed, so nothing can be loaded")

@@ -22,18 +22,12 @@ def run(options: argparse.Namespace) -> int:
         console.say("No family is installed.", "")
     if broken:
         console.say("broken:", *rows(broken.items(), indent=2), "")
-    if missing := not_installed():
+    if missing := registry.missing():
         console.say(
             "not installed:", *rows(((name, f"pip install {package}") for name, package in missing.items()), indent=2)
         )
     console.finish([*map(_entry, installed.values()), *(_broken_entry(*each) for each in broken.items())])
     return 0
-
-
-def not_installed() -> dict[str, str]:
-    """Families that are known and not here: name -> distribution."""
-    there = {*registry.installed(), *registry.failures()}
-    return {names[0]: distribution for distribution, names in registry._KNOWN.items() if names[0] not in there}
 
 
 def distribution_version(distribution: str) -> str | None:

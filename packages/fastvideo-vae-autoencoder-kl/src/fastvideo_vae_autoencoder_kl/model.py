@@ -114,7 +114,8 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(widths[-1], arch, act)
         self.conv_norm_out = nn.GroupNorm(arch.norm_num_groups, widths[-1], eps=1e-6)
-        self.conv_act = act
+        # SiLU whatever `act_fn` says, as diffusers has it.
+        self.conv_act: Act = F.silu
         self.conv_out = nn.Conv2d(widths[-1], 2 * arch.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
             )
         )
         self.conv_norm_out = nn.GroupNorm(arch.norm_num_groups, widths[-1], eps=1e-6)
-        self.conv_act = act
+        self.conv_act: Act = F.silu
         self.conv_out = nn.Conv2d(widths[-1], arch.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -136,6 +136,10 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
         tile: Sequence[int] | None = None,
         items: int | None = None,
     ) -> Plan:
+        self._check_layout(direction, shape)
+        latents = shape[2] if direction == "decode" else shape[2] // self.arch.hop_length
+        if tile is None and latents > 2 * _PIECE:
+            tile = self._tile(direction, _PIECE)
         plan = super()._plan(direction, shape, memory_budget, tile, items)
         notes = [formulation(plan.device, plan.dtype)]
         if plan.tile is not None:
@@ -145,9 +149,10 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
             )
         return replace(plan, notes=(*plan.notes, *notes))
 
-    def _configured_tile(self, direction: Direction, shape: Sequence[int]) -> tuple[int, ...] | None:
-        latents = shape[2] if direction == "decode" else shape[2] // self.arch.hop_length
-        return None if latents <= 2 * _PIECE else self._tile(direction, _PIECE)
+    def _configured_tile(self) -> tuple[int, ...] | None:
+        if self.config.use_tiling:
+            raise ConfigError(_NO_TILES)
+        return None
 
     def _budget_tiles(self, direction: Direction, axes: int) -> list[tuple[int, ...]]:
         return [self._tile(direction, _PIECE >> halvings) for halvings in range(_PIECE.bit_length())]

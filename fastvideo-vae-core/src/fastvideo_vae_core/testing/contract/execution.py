@@ -1,0 +1,195 @@
+"""One answer, whatever the way: whole, item by item, streamed, tiled, or what a budget chooses."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
+from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.testing.contract.hooks import VAE, Hooks, both_directions, distance, moments
+
+# So many tiles at most in a test, because each is a run of its own.
+MOST_TILES = 40
+
+
+class ExecutionContract(Hooks):
+    """Every plan gives the same numbers, and does what it says."""
+
+    @both_directions
+    def test_sliced_equals_whole(self, vae: VAE, direction: Direction) -> None:
+        x = self.example(vae, direction, batch=3)
+        whole = self.run(vae, direction, x)
+        vae.enable_slicing()
+        assert self.plan(vae, direction, tuple(x.shape)).items == 1
+        assert distance(self.run(vae, direction, x), whole) <= self.fp32_bound
+        vae.disable_slicing()
+        assert self.plan(vae, direction, tuple(x.shape)).items == 3
+        two = self.plan(vae, direction, tuple(x.shape), items=2)
+        assert distance(self.run(vae, direction, x, two), whole) <= self.fp32_bound
+
+    @both_directions
+    def test_streamed_equals_whole(self, vae64: VAE, direction: Direction) -> None:
+        for grid in self.latent_grids:
+            x = self.example(vae64, direction, grid=grid)
+            whole = self.run(vae64, direction, x)
+            for source in (x, self.chunks(x)):
+                pieces = self.stream(vae64, direction, source)
+                assert distance(torch.cat(pieces, self.stream_axis), whole) <= self.fp64_bound
+
+    @both_directions
+    def test_tiled_equals_whole(self, vae64: VAE, direction: Direction) -> None:
+        x = self.example(vae64, direction, batch=1)
+        whole = self.run(vae64, direction, x)
+
+        @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(tile=tiles(largest_grid(vae64, x, direction)))
+        def check(tile: tuple[int, ...]) -> None:
+            plan = self.plan(vae64, direction, tuple(x.shape), tile=tile)
+            assert distance(self.run(vae64, direction, x, plan), whole) <= self.fp64_bound
+
+        check()
+
+    @both_directions
+    def test_tiled_equals_whole_at_the_extremes(self, vae: VAE, direction: Direction) -> None:
+        """Float32, a batch of two; tiles of one element along one axis, tiles of two, and larger than the image."""
+        x = self.example(vae, direction)
+        whole = self.run(vae, direction, x)
+        extent = largest_grid(vae, x, direction)
+        thin = [tuple(1 if axis == index else size for index, size in enumerate(extent)) for axis in range(len(extent))]
+        for tile in (*thin, (2,) * len(extent), tuple(3 * size for size in extent)):
+            plan = self.plan(vae, direction, tuple(x.shape), tile=tile)
+            assert distance(self.run(vae, direction, x, plan), whole) <= self.fp32_bound, tile
+
+    @both_directions
+    def test_every_grid_can_be_tiled(self, vae64: VAE, direction: Direction) -> None:
+        for grid in self.latent_grids:
+            x = self.example(vae64, direction, batch=1, grid=grid)
+            plan = self.plan(vae64, direction, tuple(x.shape), tile=(3,) * len(grid))
+            assert distance(self.run(vae64, direction, x, plan), self.run(vae64, direction, x)) <= self.fp64_bound
+
+    @both_directions
+    def test_tiling_can_be_configured(self, vae: VAE, direction: Direction) -> None:
+        x = self.example(vae, direction)
+        whole = self.run(vae, direction, x)
+        vae.enable_tiling()
+        plan = self.plan(vae, direction, tuple(x.shape))
+        assert plan.mode == "tiled"
+        assert plan.tile is not None
+        assert distance(self.run(vae, direction, x), whole) <= self.fp32_bound
+        vae.disable_tiling()
+        assert self.plan(vae, direction, tuple(x.shape)).mode == "whole"
+
+    @both_directions
+    def test_a_plan_is_honoured(self, vae: VAE, direction: Direction) -> None:
+        x = self.example(vae, direction, batch=3)
+        shape = tuple(x.shape)
+        options: list[dict[str, object]] = [{}, {"items": 1}, {"tile": (2,) * (x.ndim - 2)}]
+        plans = [self.plan(vae, direction, shape, **option) for option in options]
+        calls = [count_calls(vae, partial(self.run, vae, direction, x, plan)) for plan in plans]
+        assert calls[1] == 3 * calls[0]
+        assert calls[2] > 3 * calls[0]
+
+    @both_directions
+    def test_a_plan_prints(self, vae: VAE, direction: Direction) -> None:
+        shape = tuple(self.example(vae, direction).shape)
+        plan = self.plan(vae, direction, shape, tile=(17,) * (len(shape) - 2))
+        text = str(plan)
+        for part in (direction, " x ".join(map(str, shape)), "tiled", "17", "float32", "cpu", "predicted"):
+            assert part in text
+        assert plan.output_shape[2:] == self.run(vae, direction, self.example(vae, direction)).shape[2:]
+
+    def test_a_plan_for_something_else_is_refused(self, vae: VAE) -> None:
+        x, z = self.example(vae, "encode"), self.example(vae, "decode")
+        plan = vae.plan_decode(tuple(z.shape))
+        with pytest.raises(ConfigError, match="the plan is for"):
+            vae.decode(z[:1], plan=plan)
+        with pytest.raises(ConfigError, match="the plan is for"):
+            vae.encode(x, plan=plan)
+        with pytest.raises(ShapeError, match="tile"):
+            vae.plan_decode(tuple(z.shape), tile=(4,) * z.ndim)
+
+    @both_directions
+    def test_a_budget_chooses_the_plan(self, vae: VAE, direction: Direction) -> None:
+        shape = self.large(vae, direction)
+        whole = self.plan(vae, direction, shape)
+        roomy = self.plan(vae, direction, shape, memory_budget=whole.peak_bytes)
+        assert (roomy.mode, roomy.items) == ("whole", shape[0])
+        tight = self.plan(vae, direction, shape, memory_budget=whole.peak_bytes - 1)
+        assert tight.peak_bytes < whole.peak_bytes
+        assert (tight.mode, tight.items) != (whole.mode, whole.items)
+        assert "budget" in str(tight)
+
+    def test_a_budget_that_nothing_fits_says_the_least_that_does(self, vae: VAE) -> None:
+        shape = self.large(vae, "decode")
+        with pytest.raises(MemoryBudgetError, match=r"needs .* or more") as caught:
+            vae.plan_decode(shape, memory_budget=1)
+        least = re.search(r"needs ([\d.]+ ?[KMG]?i?B) or more", str(caught.value))
+        assert least
+        assert vae.plan_decode(shape, memory_budget=least[1])
+
+    @both_directions
+    def test_more_work_is_predicted_to_need_more_memory(self, vae: VAE, direction: Direction) -> None:
+        peaks = [
+            self.plan(vae, direction, tuple(self.example(vae, direction, batch, grid).shape)).peak_bytes
+            for batch, grid in ((1, self.latent_grids[-1]), (2, self.latent_grids[-1]))
+        ]
+        shape = self.large(vae, direction)
+        peaks += [self.plan(vae, direction, shape, items=items).peak_bytes for items in (1, 2)]
+        assert peaks == sorted(peaks)
+        assert len(set(peaks)) == len(peaks)
+
+    def chunks(self, x: Tensor) -> Iterator[Tensor]:
+        """The input of a stream in unequal pieces along the axis that streams."""
+        sizes = [1, max(x.shape[self.stream_axis] - 1, 0)]
+        return (piece for piece in x.split(sizes, self.stream_axis) if piece.shape[self.stream_axis])
+
+    def stream(self, vae: VAE, direction: Direction, source: Tensor | Iterator[Tensor]) -> list[Tensor]:
+        """The pieces that a stream gives."""
+        if direction == "decode":
+            return list(vae.decode_stream(source))
+        return [moments(posterior) for posterior in vae.encode_stream(source)]
+
+    def large(self, vae: VAE, direction: Direction) -> tuple[int, ...]:
+        """A shape that is predicted, never computed, and large enough for a budget to choose tiles."""
+        ratio = max(axis.up for axis in vae.sample_axes)
+        z_shape = (2, vae.channels[1], *[-(-100 // ratio)] * len(vae.sample_axes))
+        return z_shape if direction == "decode" else vae.decoded_shape(z_shape)
+
+
+@st.composite
+def tiles(draw: st.DrawFn, extent: Sequence[int]) -> tuple[int, ...]:
+    """Extents of a tile, from a single element to more than the grid has, of which MOST_TILES cover the grid."""
+    tile, left = [0] * len(extent), MOST_TILES
+    for axis in draw(st.permutations(range(len(extent)))):
+        least = -(-extent[axis] // left)
+        tile[axis] = draw(st.integers(least, extent[axis] + 4))
+        left = max(left // -(-extent[axis] // tile[axis]), 1)
+    return tuple(tile)
+
+
+def largest_grid(vae: VAE, x: Tensor, direction: Direction) -> tuple[int, ...]:
+    """Sizes of the sample grid, which no grid inside the network exceeds."""
+    return tuple((x.shape if direction == "encode" else vae.decoded_shape(x.shape))[2:])
+
+
+def count_calls(vae: VAE, run: Callable[[], object]) -> int:
+    """How often the layer that is called most is called."""
+    counts: Counter[nn.Module] = Counter()
+    handles = [
+        module.register_forward_hook(lambda module, *_: counts.update([module]))
+        for module in vae.modules()
+        if module is not vae
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return max(counts.values())

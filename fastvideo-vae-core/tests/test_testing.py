@@ -1,0 +1,219 @@
+"""The tools that families are tested with: they must see what is wrong, and rebuild what the references were given."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastvideo_vae_core.testing.contract.hooks import distance
+from fastvideo_vae_core.testing.golden import ENVIRONMENT, fill, golden_path, load_golden, make_input, make_tensor
+from fastvideo_vae_core.testing.parity import Divergence, assert_close, first_divergence, relative_error
+from fastvideo_vae_core.testing.toys import ToyImage, toy
+
+GOLDENS = (
+    "autoencoder_flux",
+    "autoencoder_kl",
+    "gamecraft",
+    "ltx23_video",
+    "ltx23_vocoder",
+    "ltx2_audio",
+    "ltx2_video",
+    "ltx2_video_timestep",
+    "ltx2_vocoder",
+    "oobleck",
+    "wan21",
+    "wan22",
+)
+
+
+class TestErrors:
+    def test_relative_error(self) -> None:
+        x = torch.tensor([3.0, 4.0])
+        assert relative_error(x, x) == 0
+        assert relative_error(x + torch.tensor([0.0, 0.5]), x) == 0.1
+        assert relative_error(x.half(), x.double()) == 0
+        assert math.isnan(relative_error(x * torch.nan, x))
+        assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+        assert relative_error(x, torch.zeros(2)) == math.inf
+        with pytest.raises(AssertionError, match=r"shape \(2,\), got \(1,\)"):
+            relative_error(x[:1], x)
+
+    def test_assert_close_gives_the_error_and_the_reason(self) -> None:
+        x = torch.tensor([1.0, 1.0])
+        assert assert_close(x, x, 0, "the same") == 0
+        for wrong in (x + 1e-3, x * torch.nan):
+            with pytest.raises(AssertionError, match=r"more than 1e-05 \(float32\)"):
+                assert_close(wrong, x, 1e-5, "float32")
+
+    def test_distance_is_infinite_where_nothing_can_be_compared(self) -> None:
+        x = torch.zeros(2)
+        assert distance(x + 0.5, x) == 0.5
+        assert distance(x[:1], x) == math.inf
+        assert distance(x * torch.nan, x) == math.inf
+
+
+class TestFirstDivergence:
+    z = make_input("divergence", (1, 4, 5, 7), "latent")
+
+    def decode(self, model: nn.Module) -> object:
+        return model.decode(self.z)  # type: ignore[operator]
+
+    def test_equal_networks_do_not_diverge(self) -> None:
+        assert first_divergence(toy(ToyImage), toy(ToyImage), self.decode) is None
+
+    def test_a_wrong_epsilon_is_found_at_the_first_layer_behind_it(self) -> None:
+        wrong = toy(ToyImage)
+        wrong.decoder.block.norm.eps = 0.1  # type: ignore[union-attr, assignment]
+        found = first_divergence(wrong, toy(ToyImage), self.decode)
+        assert found is not None
+        assert found.layer == "decoder.block.conv"
+        assert 1e-3 < found.error < 1
+        assert str(found).startswith("first divergence at decoder.block.conv: ")
+
+    def test_a_wrong_weight_is_found_at_its_layer(self) -> None:
+        wrong = toy(ToyImage)
+        wrong.decoder.conv_out.bias.data += 1  # type: ignore[operator, union-attr]
+        found = first_divergence(wrong, toy(ToyImage), self.decode)
+        assert found is not None
+        # Behind the first convolution, the one of the block, and the block.
+        assert (found.layer, found.compared) == ("decoder.conv_out", 3)
+
+    def test_names_can_be_mapped(self) -> None:
+        one = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        other = nn.ModuleDict({"a": one[0], "b": nn.Linear(2, 2)})
+        names = {"a": "0", "b": "1"}
+
+        def run(model: nn.Module) -> Tensor:
+            first, second = model.children()
+            return second(first(torch.ones(1, 2)))
+
+        found = first_divergence(one, other, run, names=names)
+        assert found is not None
+        assert (found.layer, found.compared) == ("1", 1)
+        assert first_divergence(one, other, run, names=names.__getitem__) == found
+        with pytest.raises(ValueError, match="no layers of equal names"):
+            first_divergence(one, other, run)
+
+    def test_calls_of_one_layer_are_told_apart_and_shapes_count(self) -> None:
+        layer = nn.ModuleDict({"f": nn.Identity()})
+
+        def run(model: nn.Module, last: int = 3) -> None:
+            for size in (2, 2, last):
+                model["f"](torch.ones(1, size))  # type: ignore[index]
+
+        other = nn.ModuleDict({"f": nn.Identity()})
+        found = first_divergence(layer, other, lambda model: run(model, 3 if model is layer else 4))
+        assert found == Divergence("f", 2, math.inf, 1e-5, 2)
+        assert "at f (call 2): inf" in str(found)
+
+    def test_layers_that_overwrite_in_place_are_compared_as_they_left(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.f = nn.Identity()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.f(x).add_(1)
+
+        class Other(Block):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.f(x) + 1
+
+        assert first_divergence(Block(), Other(), lambda model: model(torch.ones(2))) is None
+
+    def test_no_hook_is_left_behind(self) -> None:
+        one, other = toy(ToyImage), toy(ToyImage)
+        first_divergence(one, other, self.decode)
+        assert not [module for model in (one, other) for module in model.modules() if module._forward_hooks]
+
+
+class TestGoldens:
+    @pytest.mark.parametrize("name", GOLDENS)
+    def test_every_input_comes_out_as_the_reference_had_it(self, name: str) -> None:
+        golden = load_golden(golden_path(f"{name}.safetensors"))
+        for case in golden.cases:
+            assert golden.inputs(case)
+
+    def test_weights_come_out_as_the_reference_had_them(self) -> None:
+        """A small checkpoint; each family checks its own."""
+        golden = load_golden(golden_path("ltx2_audio.safetensors"))
+        assert len(golden.state_dict()) == len(golden.meta["tensors"])
+
+    def test_another_generator_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        golden = load_golden(golden_path("ltx2_audio.safetensors"))
+        monkeypatch.setitem(golden.meta, "salt", "other")  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="differently on this machine"):
+            golden.inputs(golden.cases[0])
+        with pytest.raises(RuntimeError, match="differently on this machine"):
+            golden.state_dict()
+
+    def test_a_stored_output_is_compared_with_its_stride_and_shape(self) -> None:
+        golden = load_golden(golden_path("autoencoder_kl.safetensors"))
+        case = golden.case("dec_12x16")
+        spec = case["outputs"]["decode"]
+        made = torch.zeros(spec["shape"])
+        made.view(-1)[:: spec["stride"]] = golden.tensors[spec["tensor"]]
+        assert golden.error(case, made) == 0
+        with pytest.raises(AssertionError, match="dec_12x16: the reference has shape"):
+            golden.error(case, made[0])
+
+    def test_the_folder_is_that_of_the_environment_or_the_nearest_above(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv(ENVIRONMENT, raising=False)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(pytest.skip.Exception, match=f"this machine has no x.safetensors .*{ENVIRONMENT}"):
+            golden_path("x.safetensors")
+        beside = tmp_path / "shared" / "goldens"
+        beside.mkdir(parents=True)
+        (beside / "x.safetensors").touch()
+        (tmp_path / "repository" / "deep").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "repository" / "deep")
+        assert golden_path("x.safetensors") == beside / "x.safetensors"
+        monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "elsewhere"))
+        with pytest.raises(pytest.skip.Exception, match="elsewhere"):
+            golden_path("x.safetensors")
+
+
+class TestRules:
+    @pytest.mark.parametrize(
+        ("key", "shape", "deviation", "mean"),
+        [
+            ("conv.weight", (64, 32, 3, 3), 1 / math.sqrt(32 * 9), 0.0),
+            ("norm.weight", (4096,), 0.1, 1.0),
+            ("conv.bias", (4096,), 0.05, 0.0),
+            ("conv.weight_v", (64, 64), 1.0, 0.0),
+            ("snake.alpha", (1, 4096, 1), 0.1, 0.0),
+        ],
+    )
+    def test_a_tensor_has_the_spread_of_its_rule(
+        self, key: str, shape: tuple[int, ...], deviation: float, mean: float
+    ) -> None:
+        x = make_tensor(key, shape)
+        assert x.shape == shape
+        assert float(x.std()) == pytest.approx(deviation, rel=0.05)
+        assert float(x.mean()) == pytest.approx(mean, abs=4 * deviation / math.sqrt(x.numel()))
+
+    def test_names_and_salt_make_other_numbers(self) -> None:
+        one = make_tensor("a.weight", (4, 4))
+        assert torch.equal(one, make_tensor("a.weight", (4, 4)))
+        assert not torch.equal(one, make_tensor("b.weight", (4, 4)))
+        assert not torch.equal(one, make_tensor("a.weight", (4, 4), salt="s"))
+
+    def test_a_model_is_filled_by_the_names_of_its_tensors(self) -> None:
+        model = fill(nn.Sequential(nn.Linear(4, 4)), gains={"*.weight": 3.0})
+        assert torch.equal(model[0].weight, 3 * make_tensor("0.weight", (4, 4)))
+        assert torch.equal(model[0].bias, make_tensor("0.bias", (4,)))
+
+    @pytest.mark.parametrize("kind", ["image", "video", "audio", "gated", "latent", "mel"])
+    def test_inputs_have_the_range_of_their_kind(self, kind: str) -> None:
+        x = make_input("any", (1, 2, 5, 16, 16) if kind == "video" else (1, 2, 64, 64), kind)  # type: ignore[arg-type]
+        assert x.dtype == torch.float32
+        if kind in ("image", "video", "audio", "gated"):
+            assert float(x.abs().max()) <= 1
+        with pytest.raises(ValueError, match="must be one of"):
+            make_input("any", (1, 2), "smell")  # type: ignore[arg-type]
