@@ -1,6 +1,6 @@
 """Which formulation of each layer of Oobleck is fastest on this GPU, and what the whole network makes of it.
 
-    python tools/benchmark_oobleck.py [--seconds 0.1] [--sections network,convolutions,pointwise,resampling,ends,snakes]
+    python tools/bench_oobleck.py [--seconds 0.1] [--sections network,convolutions,pointwise,resampling,ends,snakes]
 
 Every line stands alone: one that fails says why, and the others go on. Times are medians between CUDA events of calls
 behind warm-up, in float16 unless said otherwise. TFLOP/s are of useful work, TB/s of the fewest bytes that must move.
@@ -467,6 +467,7 @@ def in_pieces(numbers: int) -> Iterator[None]:
     """Stage by stage in pieces that fit the cache of a GPU, as on a CPU."""
 
     def forward(half: oobleck.Half, x: Tensor) -> Tensor:
+        block: Any
         for index, block in enumerate(half.block):
             x, axis = last_of(x), oobleck._reach(partial(half._stage_needs, index), [block.axis])
             size, made = axis.output_size(x.shape[2]), None
