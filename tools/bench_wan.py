@@ -385,10 +385,13 @@ def measure(name: str, run: Callable[[], Any], runs: int = 2) -> None:
     run()
     torch.cuda.synchronize()
     first = 1e3 * (time.perf_counter() - begin)
+    resting = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     times = sorted(once(run) for _ in range(runs))
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"{name:40} {times[len(times) // 2]:9.1f} ms  peak {peak:5.2f} GiB  first {first:.0f} ms", flush=True)
+    peak = (torch.cuda.max_memory_allocated() - resting) / 2**30
+    print(
+        f"{name:40} {times[len(times) // 2]:9.1f} ms  peak {peak:5.2f} GiB over weights and input  first {first:.0f} ms"
+    )
 
 
 def timed(run: Callable[[], Any], least: int = 5, budget: float = 60.0) -> float:

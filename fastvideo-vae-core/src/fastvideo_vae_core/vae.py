@@ -453,7 +453,8 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         wanted = twin.state_dict().keys()
         weights = {name: each.to(dtype) for name, each in self.state_dict().items() if name in wanted}
         twin.load_state_dict(weights, strict=True, assign=True)
-        return twin.to(dtype).train(self.training)
+        frozen = not any(each.requires_grad for each in self._half_parameters(direction))
+        return twin.to(dtype).train(self.training).requires_grad_(not frozen)
 
     def _half_parameters(self, direction: Direction) -> Iterator[nn.Parameter]:
         loaded = self.config.load_encoder if direction == "encode" else self.config.load_decoder

@@ -34,11 +34,17 @@ class Cache:
         self.last = False
         self._frames: dict[nn.Module, Tensor] = {}
 
-    def copy(self, dtype: torch.dtype) -> Cache:
-        """The same memory in another type; what either does from here on, the other does not see."""
+    def copy(self) -> Cache:
+        """The same memory; what is done with either from here on, the other does not see."""
         other = Cache(self.device)
-        other.first, other.last = self.first, self.last
-        other._frames = {layer: frames.to(dtype) for layer, frames in self._frames.items()}
+        other.first, other.last, other._frames = self.first, self.last, dict(self._frames)
+        return other
+
+    def handed_to(self, network: nn.Module, of: nn.Module, dtype: torch.dtype) -> Cache:
+        """The memory of one network as that of its twin in another type."""
+        other, twins = self.copy(), dict(network.named_modules())
+        names = {layer: name for name, layer in of.named_modules()}
+        other._frames = {twins[names[layer]]: frames.to(dtype) for layer, frames in self._frames.items()}
         return other
 
     def take(self, layer: nn.Module) -> Tensor | None:
@@ -191,7 +197,10 @@ def norm_silu_conv(x: Tensor | Convolved, norm: RMSNorm, conv: CausalConv3d, cac
         from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
 
         norm_silu_into(window.data, rows_of(value), norm.gamma.flatten(), bias, taps=window.taps, shift=window.shift)
-    return Convolved(conv.convolve(window, cache, None if fuses else conv.bias), conv.bias if fuses else None)
+    # What the window was made from is not needed during the convolution.
+    del x, value
+    made = conv.convolve(window, cache, None if fuses else conv.bias)
+    return Convolved(made.contiguous(memory_format=torch.channels_last_3d), conv.bias if fuses else None)
 
 
 def stacks(channels: int, kernel: tuple[int, int, int]) -> bool:

@@ -191,11 +191,12 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         model = self if dtype == stored else self._twin(direction, dtype)
         cache = Cache(self.device)
         for piece in self._pieces(direction, chunks):
-            before = cache.copy(torch.float32) if retry else cache
+            before = cache.copy() if retry else cache
             made = model._piece(direction, piece.to(stored).to(dtype), cache)
             if retry and not bool(made.isfinite().all()):
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)
-                model, cache, dtype, retry = self._twin(direction, torch.float32), before, torch.float32, False
+                dtype, retry, model = torch.float32, False, self._twin(direction, torch.float32)
+                cache = before.handed_to(model, self, dtype)
                 made = model._piece(direction, piece.to(dtype), cache)
             cache.first = False
             yield made.to(stored)

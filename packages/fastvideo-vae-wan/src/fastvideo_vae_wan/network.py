@@ -179,8 +179,8 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if before == after else Pointwise(before, after)
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        h = norm_silu_conv(x, self.norm1, self.conv1, cache)
-        h = norm_silu_conv(h, self.norm2, self.conv2, cache)
+        # Nested, so that nothing holds the first result during the second convolution.
+        h = norm_silu_conv(norm_silu_conv(x, self.norm1, self.conv1, cache), self.norm2, self.conv2, cache)
         return h.plus(self.conv_shortcut(x))
 
 
