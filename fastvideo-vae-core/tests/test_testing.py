@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.testing.conformance import ConformanceSuite
 from fastvideo_vae_core.testing.contract.hooks import distance
 from fastvideo_vae_core.testing.golden import ENVIRONMENT, fill, golden_path, load_golden, make_input, make_tensor
 from fastvideo_vae_core.testing.parity import Divergence, assert_close, first_divergence, relative_error
-from fastvideo_vae_core.testing.toys import ToyImage, toy
+from fastvideo_vae_core.testing.toys import Past, Toy, ToyImage, ToyVideo, toy
+from fastvideo_vae_core.tiling import Axis, Step
 
 GOLDENS = (
     "autoencoder_flux",
@@ -177,6 +185,103 @@ class TestGoldens:
         monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "elsewhere"))
         with pytest.raises(pytest.skip.Exception, match="elsewhere"):
             golden_path("x.safetensors")
+
+
+class Overwrites(ToyImage):
+    def _decode(self, z: Tensor) -> Tensor:
+        return super()._decode(z.mul_(0.5))
+
+
+class DrawsNoise(ToyImage):
+    def _decode(self, z: Tensor) -> Tensor:
+        return super()._decode(z) + 0 * torch.randn(1)
+
+
+class MixesItems(ToyImage):
+    def _decode(self, z: Tensor) -> Tensor:
+        return super()._decode(z - z.mean(0))
+
+
+class SeesTooLittle(ToyImage):
+    """Its steps promise a halo of one where the block needs two."""
+
+    def decode_steps(self) -> list[Step]:
+        short = (Axis(before=1, after=2),) * 2
+        return [replace(step, axes=short) if step.name == "block" else step for step in super().decode_steps()]
+
+
+class ForgetsStatistics(ToyImage):
+    """Its steps normalise every tile by itself."""
+
+    def decode_steps(self) -> list[Step]:
+        return [replace(step, norm=None) for step in super().decode_steps()]
+
+
+class LiesAboutSizes(ToyImage):
+    def _decode(self, z: Tensor) -> Tensor:
+        return super()._decode(z)[..., :-1]
+
+
+class RemembersOnItself(ToyImage):
+    def _decode(self, z: Tensor) -> Tensor:
+        self.last = super()._decode(z)
+        return self.last
+
+
+class StreamsThroughItself(ToyVideo):
+    """One cache for all streams, on the model."""
+
+    def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        self.past = Past()
+        for frame in itertools.chain.from_iterable(chunk.split(1, 2) for chunk in chunks):
+            yield self.decoder(frame, self.past)
+
+
+class LosesTheShift(ToyImage):
+    def denormalize_latents(self, z: Tensor) -> Tensor:
+        return super().denormalize_latents(z) + 0.01
+
+
+class CutsTheGradient(ToyImage):
+    def _encode(self, x: Tensor) -> Tensor:
+        return super()._encode(x).detach()
+
+
+class TestTheSuiteSeesWhatIsWrong:
+    """Each of these families breaks one promise, and the test of that promise fails."""
+
+    @pytest.mark.parametrize(
+        ("broken", "test", "arguments"),
+        [
+            (Overwrites, "test_the_input_is_left_alone", {"direction": "decode"}),
+            (DrawsNoise, "test_the_same_call_gives_the_same_result_and_draws_no_noise", {"direction": "decode"}),
+            (MixesItems, "test_an_item_alone_is_the_item_in_a_batch", {"direction": "decode"}),
+            (MixesItems, "test_sliced_equals_whole", {"direction": "decode"}),
+            (SeesTooLittle, "test_tiled_equals_whole", {"direction": "decode"}),
+            (SeesTooLittle, "test_tiled_equals_whole_at_the_extremes", {"direction": "decode"}),
+            (ForgetsStatistics, "test_every_grid_can_be_tiled", {"direction": "decode"}),
+            (LiesAboutSizes, "test_shapes_are_those_that_were_promised", {}),
+            (RemembersOnItself, "test_a_stream_that_is_dropped_leaves_nothing_behind", {}),
+            (RemembersOnItself, "test_an_exception_leaves_nothing_behind", {"direction": "decode", "tiled": False}),
+            (StreamsThroughItself, "test_streams_at_the_same_time_do_not_see_each_other", {}),
+            (LosesTheShift, "test_normalisation_has_an_inverse", {}),
+            (CutsTheGradient, "test_gradients_reach_every_parameter_and_the_input", {}),
+        ],
+        ids=lambda value: value.__name__ if isinstance(value, type) else "",
+    )
+    def test_it_fails(self, broken: type[Toy], test: str, arguments: dict[str, Any]) -> None:
+        class Suite(ConformanceSuite):
+            latent_grids = ((1,) * len(toy(broken).sample_axes), (3, 5, 4)[-len(toy(broken).sample_axes) :])
+            stream_axis = 2 if issubclass(broken, ToyVideo) else 0
+
+            def tiny(self) -> Toy:
+                return toy(broken)
+
+        method = getattr(Suite(), test)
+        models = {"vae": toy(broken).requires_grad_(False), "vae64": toy(broken).requires_grad_(False).double()}
+        fixtures = {name: models[name] for name in inspect.signature(method).parameters if name in models}
+        with pytest.raises(AssertionError):
+            method(**fixtures, **arguments)
 
 
 class TestRules:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -25,6 +25,7 @@ class Plan:
         input_shape, output_shape: of the whole call; for encode the output is the mean of the posterior.
         items: how many items of the batch are computed at a time.
         tile: extent of a tile along each axis behind (B, C), in elements of the grid that is being computed.
+        chunk: latent frames at a time behind the first one, which comes alone, where networks stream; else None.
         dtype: of the arithmetic.
         device: where it runs.
         retry: compute again in float32 when the result is not finite.
@@ -40,6 +41,7 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     retry: bool
+    chunk: int | None = None
     notes: tuple[str, ...] = ()
     _predict: Callable[[Plan], int] = field(repr=False, compare=False)
 
@@ -51,13 +53,20 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             (self.direction, f"{_sizes(self.input_shape)} -> {_sizes(self.output_shape)}"),
-            ("mode", self.mode if self.tile is None else f"{self.mode}, tiles of {_sizes(self.tile)}"),
+            ("mode", ", ".join(self._mode())),
             ("batch", f"{self.items} of {self.input_shape[0]} at a time"),
             ("compute", f"{str(self.dtype).removeprefix('torch.')} on {self.device}"),
             ("peak", f"{format_bytes(self.peak_bytes)} predicted"),
             *(("note", note) for note in self.notes),
         ]
         return "\n".join(f"{name:<8}{value}" for name, value in rows)
+
+    def _mode(self) -> Iterator[str]:
+        yield self.mode
+        if self.tile is not None:
+            yield f"tiles of {_sizes(self.tile)}"
+        if self.chunk is not None:
+            yield f"{self.chunk} latent frames at a time"
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -63,6 +63,15 @@ class Axis:
             return max((size - self.after) * self.up - self.lead, 0)
         return max((size + self.lead - self.after) // self.down, 0)
 
+    def cuts(self, size: int, tile: int) -> list[tuple[int, int]]:
+        """The output elements [0, size) in pieces of about `tile` elements of the finer grid, cut between elements of
+        the coarser one, so that nothing is computed for two of them."""
+        if self.up == 1:
+            return spans(size, -(-tile // self.down))
+        pieces = spans(-(-(size + self.lead) // self.up), -(-tile // self.up))
+        edges = [max(start * self.up - self.lead, 0) for start, _ in pieces]
+        return list(itertools.pairwise([*edges, size]))
+
     def position(self, first: int) -> int:
         """Index of the first output element of a crop that begins at input element `first`."""
         return first * self.up // self.down
@@ -97,7 +106,8 @@ class Step:
 def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
     """Run the steps tile by tile; the same numbers as running them at once, up to the order of additions.
 
-    x: (B, C, ...); tile: extent of a tile along each axis behind (B, C), in elements of the grid that a step makes.
+    x: (B, C, ...); tile: extent of a tile along each axis behind (B, C), in elements of the finer of the two grids that
+    a step goes between, because that one decides the memory of a tile.
     A grid is released after its last reader. Statistics are gathered while tiles are written.
     """
     grids, moments = {"x": x}, dict[str, Moments | None]()
@@ -192,7 +202,7 @@ def _regions(
     axes: Sequence[Axis], out_sizes: Sequence[int], tile: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], ...]]:
     cuts = [
-        [(0, size)] if axis.whole else spans(size, length)
+        [(0, size)] if axis.whole else axis.cuts(size, length)
         for axis, size, length in zip(axes, out_sizes, tile, strict=True)
     ]
     return itertools.product(*cuts)

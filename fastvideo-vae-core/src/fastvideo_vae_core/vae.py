@@ -20,6 +20,7 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
 from fastvideo_vae_core.latents import Provenance
 from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
+from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
@@ -181,18 +182,21 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         memory_budget: int | str | None = None,
         tile: Sequence[int] | None = None,
         items: int | None = None,
+        chunk: int | None = None,
     ) -> Plan:
         """Say how `encode` would compute samples of that shape.
 
         memory_budget: bytes, or a string such as "6GiB"; the plan that recomputes least and is predicted to fit.
         tile: extent of a tile along each axis behind (B, C), instead of the configured one.
         items: items of the batch at a time.
+        chunk: latent frames of a piece, for video that streams.
 
         Raises:
             ShapeError: the architecture cannot take the shape.
+            ConfigError: a chunk for a network that does not stream.
             MemoryBudgetError: nothing fits; the message says the least that would do.
         """
-        return self._plan("encode", tuple(shape), memory_budget, tile, items)
+        return self._plan("encode", tuple(shape), memory_budget, tile, items, chunk)
 
     def plan_decode(
         self,
@@ -201,9 +205,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         memory_budget: int | str | None = None,
         tile: Sequence[int] | None = None,
         items: int | None = None,
+        chunk: int | None = None,
     ) -> Plan:
         """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
-        return self._plan("decode", tuple(shape), memory_budget, tile, items)
+        return self._plan("decode", tuple(shape), memory_budget, tile, items, chunk)
 
     # ---------------------------------------------------------------- sizes
 
@@ -304,6 +309,8 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
                 order = (0, *range(2, weight.ndim), 1) if last else range(weight.ndim)
                 inverse = (0, weight.ndim - 1, *range(1, weight.ndim - 1)) if last else range(weight.ndim)
                 weight.data = weight.data.permute(*order).contiguous().permute(*inverse)
+                if last and isinstance(module, CausalConv3d):
+                    module.arrange()
         return self
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
@@ -329,13 +336,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
     def _compute(self, plan: Plan, x: Tensor) -> Tensor:
         dtype = x.dtype
         model = self if plan.dtype == dtype else self._twin(plan.direction, plan.dtype)
-        whole = model._encode if plan.direction == "encode" else model._decode
-        steps = model._steps(plan.direction) if plan.tile is not None else ()
         result: Tensor | None = None
         for start in range(0, len(x), plan.items):
             part = x[start : start + plan.items].to(plan.dtype)
-            made = whole(part) if plan.tile is None else run_steps(steps, part, plan.tile)
-            made = made.to(dtype).contiguous()
+            made = model._execute(plan, part).to(dtype).contiguous()
             if plan.items >= len(x):
                 return made
             if result is None:
@@ -343,6 +347,12 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             result[start : start + plan.items] = made
         assert result is not None
         return result
+
+    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
+        """Compute some items of a batch in the plan's type, as the plan says."""
+        if plan.tile is not None:
+            return run_steps(self._steps(plan.direction), x, plan.tile)
+        return self._encode(x) if plan.direction == "encode" else self._decode(x)
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Finished pieces along the axis that streams: for images the batch, one item at a time."""
@@ -360,13 +370,15 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         memory_budget: int | str | None = None,
         tile: Sequence[int] | None = None,
         items: int | None = None,
+        chunk: int | None = None,
     ) -> Plan:
         if tile is not None and len(tile) != len(shape) - 2:
             raise ShapeError(f"a tile of {self.sample_layout} has {len(shape) - 2} sizes, got {tuple(tile)}")
         output = self.encoded_shape(shape) if direction == "encode" else self.decoded_shape(shape)
         stored = self._half_dtype(direction)
         dtype, retry, notes = self._fp16(stored)
-        tile = self._configured_tile() if tile is None else tile
+        tile = self._configured_tile(shape, output) if tile is None else tile
+        chunk = self._chunk(direction, shape, output, chunk)
         plan = Plan(
             direction=direction,
             mode="whole" if tile is None else "tiled",
@@ -377,20 +389,29 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             dtype=dtype,
             device=self.device,
             retry=retry,
+            chunk=chunk,
             notes=notes,
             _predict=self._predict,
         )
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
-    def _configured_tile(self) -> tuple[int, ...] | None:
+    def _configured_tile(self, shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...] | None:
         """The tile that the configuration asks for; None computes whole grids."""
         if not self.config.use_tiling:
             return None
-        return (self.config.tile_sample_min_height, self.config.tile_sample_min_width)
+        return _tile((self.config.tile_sample_min_height, self.config.tile_sample_min_width), shape, output)
 
-    def _budget_tiles(self, direction: Direction, axes: int) -> list[tuple[int, ...]]:
+    def _chunk(
+        self, direction: Direction, shape: Sequence[int], output: Sequence[int], asked: int | None
+    ) -> int | None:
+        """Latent frames of a piece for a call of these shapes; None where nothing streams."""
+        if asked is not None:
+            raise ConfigError(f"{type(self).__name__} does not stream in time; leave out chunk={asked}")
+        return None
+
+    def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
         """Tiles that a memory budget may choose from, the largest first."""
-        return [(length,) * axes for length in _TILES]
+        return [_tile((length, length), shape, output) for length in _TILES]
 
     def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
         """Type to compute in, whether to retry in float32, and why."""
@@ -410,9 +431,11 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     def _within(self, plan: Plan, budget: int) -> Plan:
         """The first of ever smaller plans that is predicted to fit."""
-        tiles = self._budget_tiles(plan.direction, len(plan.input_shape) - 2)
+        tiles = self._budget_tiles(plan.direction, plan.input_shape, plan.output_shape)
         candidates = [plan, replace(plan, items=1)]
-        candidates += [replace(plan, mode="tiled", items=1, tile=tile) for tile in tiles]
+        candidates += [replace(plan, items=1, chunk=chunk) for chunk in _halves(plan.chunk)]
+        smallest = candidates[-1]
+        candidates += [replace(smallest, mode="tiled", tile=tile) for tile in tiles]
         for candidate in candidates:
             if candidate.peak_bytes <= budget:
                 return replace(candidate, notes=(*candidate.notes, f"chosen for a budget of {format_bytes(budget)}"))
@@ -429,19 +452,20 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             weights += sum(each.numel() * each.element_size() for each in shadow.parameters())
         return weights + predicted_peak(lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype)
 
-    def _shadow(self, direction: Direction) -> ParallelTiledVAE[Posterior]:
+    def _shadow(self, direction: Direction) -> Self:
         """One half of this model without its weights, on the meta device."""
         half = replace(self.config, load_encoder=direction == "encode", load_decoder=direction == "decode")
         with torch.device("meta"):
             return type(self)(half)
 
-    def _twin(self, direction: Direction, dtype: torch.dtype) -> ParallelTiledVAE[Posterior]:
+    def _twin(self, direction: Direction, dtype: torch.dtype) -> Self:
         """One half of this model in another type. A copy, so that calls at the same time do not see each other."""
         twin = self._shadow(direction)
         wanted = twin.state_dict().keys()
         weights = {name: each.to(dtype) for name, each in self.state_dict().items() if name in wanted}
         twin.load_state_dict(weights, strict=True, assign=True)
-        return twin.to(dtype).train(self.training)
+        frozen = not any(each.requires_grad for each in self._half_parameters(direction))
+        return twin.to(dtype).train(self.training).requires_grad_(not frozen)
 
     def _half_parameters(self, direction: Direction) -> Iterator[nn.Parameter]:
         loaded = self.config.load_encoder if direction == "encode" else self.config.load_decoder
@@ -469,6 +493,15 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         nearest = " or ".join(dict.fromkeys(" x ".join(map(str, sizes)) for sizes in (lower, upper)))
         got = " x ".join(map(str, shape[2:]))
         return f"{type(self).__name__} needs sizes of the form {' x '.join(laws)}, got {got}; pass {nearest}"
+
+
+def _tile(extent: Sequence[int], shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...]:
+    """A tile of that extent along the last axes; those in front of them, such as time, are not cut."""
+    return (*map(max, shape[2 : -len(extent)], output[2 : -len(extent)]), *extent)
+
+
+def _halves(chunk: int | None) -> list[int]:
+    return [] if chunk is None else [chunk >> shift for shift in range(1, chunk.bit_length())]
 
 
 def _round_up(size: int, axis: Axis) -> int:

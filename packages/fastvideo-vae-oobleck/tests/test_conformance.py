@@ -141,7 +141,7 @@ def test_pieces_equal_one_call_at_twenty_lengths(direction: Direction, dtype: to
             streamed = torch.cat(list(vae.decode_stream(chunks(x, length))), 2)
         else:
             x = vae.decode(z).sample
-            plan = vae.plan_encode(x.shape, tile=(5,))
+            plan = vae.plan_encode(x.shape, tile=(5 * 12,))
             whole, pieces = (vae.encode(x, plan=each).latent_dist.parameters for each in (None, plan))
             streamed = torch.cat([each.parameters for each in vae.encode_stream(chunks(x, length))], 2)
         for made in (pieces, streamed):

@@ -91,7 +91,7 @@ class Toy(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
-    def _configured_tile(self) -> tuple[int, ...] | None:
+    def _configured_tile(self, shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...] | None:
         return (4,) * len(self.sample_axes) if self.config.use_tiling else None
 
 

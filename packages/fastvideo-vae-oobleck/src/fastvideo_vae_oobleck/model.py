@@ -135,12 +135,13 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
         memory_budget: int | str | None = None,
         tile: Sequence[int] | None = None,
         items: int | None = None,
+        chunk: int | None = None,
     ) -> Plan:
         self._check_layout(direction, shape)
         latents = shape[2] if direction == "decode" else shape[2] // self.arch.hop_length
         if tile is None and latents > 2 * _PIECE:
-            tile = self._tile(direction, _PIECE)
-        plan = super()._plan(direction, shape, memory_budget, tile, items)
+            tile = (_PIECE * self.arch.hop_length,)
+        plan = super()._plan(direction, shape, memory_budget, tile, items, chunk)
         notes = [formulation(plan.device, plan.dtype)]
         if plan.tile is not None:
             (axis,) = self._steps(direction)[0].axes
@@ -149,30 +150,26 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
             )
         return replace(plan, notes=(*plan.notes, *notes))
 
-    def _configured_tile(self) -> tuple[int, ...] | None:
+    def _configured_tile(self, shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...] | None:
         if self.config.use_tiling:
             raise ConfigError(_NO_TILES)
         return None
 
-    def _budget_tiles(self, direction: Direction, axes: int) -> list[tuple[int, ...]]:
-        return [self._tile(direction, _PIECE >> halvings) for halvings in range(_PIECE.bit_length())]
+    def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
+        return [((_PIECE >> halvings) * self.arch.hop_length,) for halvings in range(_PIECE.bit_length())]
 
     def _predict(self, plan: Plan) -> int:
         """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
-        pieces = 0 if plan.tile is None else -(-plan.output_shape[2] // plan.tile[0])
-        if plan.tile is None or pieces <= _ALIKE:
+        samples = plan.input_shape[2] if plan.direction == "encode" else plan.output_shape[2]
+        if plan.tile is None or -(-samples // plan.tile[0]) <= _ALIKE:
             return super()._predict(plan)
-        (tile,) = plan.tile
-        latents = _ALIKE * (tile if plan.direction == "encode" else -(-tile // self.arch.hop_length))
+        latents = _ALIKE * -(-plan.tile[0] // self.arch.hop_length)
         short_z = (*plan.input_shape[:1], self.channels[1], latents)
         shapes = short_z, self.decoded_shape(short_z)
         short = shapes[plan.direction == "encode"], shapes[plan.direction == "decode"]
         less = replace(plan, input_shape=short[0], output_shape=short[1])
         numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
         return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
-
-    def _tile(self, direction: Direction, latents: int) -> tuple[int]:
-        return (latents if direction == "encode" else latents * self.arch.hop_length,)
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces along time, each as soon as everything that it depends on has come; of at most 512 latents.
@@ -182,7 +179,7 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
         """
         next(self._half_parameters(direction))  # refuses a half that is not loaded
         (axis,) = self._steps(direction)[0].axes
-        (tile,) = self._tile(direction, _PIECE)
+        tile = _PIECE if direction == "encode" else _PIECE * self.arch.hop_length
         return slide(axis, self._checked(direction, chunks), lambda crop: self._run(direction, crop, None), tile)
 
     def _checked(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -237,7 +234,7 @@ class Half(nn.Module):
             run=lambda grids, _: self._stage(index, Sum(grids[0])).value(),
             axes=(_reach(partial(self._stage_needs, index), [block.axis]),),
         )
-        return run_steps([step], x, (max(_CACHED // (block.width * block.axis.down), 1),))
+        return run_steps([step], x, (max(_CACHED // block.width, 1),))
 
     def _fits_cache(self, x: Tensor) -> bool:
         # The pieces of a stage whose stride is 1 have no law that an Axis can say, and gradients need no pieces.

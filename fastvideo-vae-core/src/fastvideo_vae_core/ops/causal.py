@@ -1,0 +1,231 @@
+"""Causal convolutions over a video that comes in pieces, and what they remember from one piece to the next.
+
+Shape legend: B batch, C channels, T frames, H, W; K taps in time. Feature maps are (B, C, T, H, W) with the channels
+innermost in memory (`torch.channels_last_3d`): a position is one row of C numbers, a frame one block of rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvideo_vae_core.ops.rms_norm import RMSNorm, rms_norm_silu
+
+
+class Cache:
+    """What a network remembers of one video between its pieces: of each layer, the last frames that it has seen.
+
+    It belongs to one call. The network itself keeps nothing, so any number of videos can be under way on one model.
+
+    Attributes:
+        device: where the network runs; that of the tensors, but for a rehearsal on the meta device.
+        first: nothing of the video has been seen yet.
+        last: nothing will follow, so there is nothing to remember.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.first = True
+        self.last = False
+        self._frames: dict[nn.Module, Tensor] = {}
+
+    def copy(self) -> Cache:
+        """The same memory; what is done with either from here on, the other does not see."""
+        other = Cache(self.device)
+        other.first, other.last, other._frames = self.first, self.last, dict(self._frames)
+        return other
+
+    def handed_to(self, network: nn.Module, of: nn.Module, dtype: torch.dtype) -> Cache:
+        """The memory of one network as that of its twin in another type."""
+        other, twins = self.copy(), dict(network.named_modules())
+        names = {layer: name for name, layer in of.named_modules()}
+        other._frames = {twins[names[layer]]: frames.to(dtype) for layer, frames in self._frames.items()}
+        return other
+
+    def take(self, layer: nn.Module) -> Tensor | None:
+        """The frames (B, n, H, W, C) that the layer kept, which are forgotten here; None at the beginning."""
+        return self._frames.pop(layer, None)
+
+    def keep(self, layer: nn.Module, frames_BTHWC: Tensor) -> None:
+        """Remember frames for the layer, as a copy, so that what they were cut from can go."""
+        self._frames[layer] = frames_BTHWC.clone(memory_format=torch.contiguous_format)
+
+    def fuses(self, x: Tensor, layer: nn.Conv3d) -> bool:
+        """Whether the kernels of this device are to be used, rather than the definitions."""
+        differentiates = torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad)
+        return self.device.type == "cuda" and _HAS_TRITON and x.dtype != torch.float64 and not differentiates
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution whose output frame sees no later input frame; zeros stand before the first frame of the video.
+
+    x (B, C, T, H, W) -> (B, O, T / stride, H, W): `stride` is in time only, and space keeps its size. A piece
+    continues the one before through the cache; a strided layer begins each window with the last frame it kept.
+
+    The formulation follows from the shape, once (see `stacks`): one 3-D convolution over remembered frames and piece,
+    or one 2-D convolution over windows of K frames side by side in the channels. A single first frame takes neither:
+    only the last tap sees anything but zeros.
+    """
+
+    def __init__(self, before: int, after: int, kernel: tuple[int, int, int] = (3, 3, 3), stride: int = 1) -> None:
+        super().__init__(before, after, kernel, (stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
+        self.memory = kernel[0] - stride
+        self.stacked = stacks(before, kernel)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # type: ignore[override]
+        window = self.window(x, cache)
+        window.write(rows_of(x))
+        return self.convolve(window, cache, self.bias)
+
+    def window(self, x: Tensor, cache: Cache) -> Window:
+        """Room for the input that the piece x, or something of its shape, makes behind the remembered frames."""
+        batch, channels, frames, height, width = x.shape
+        taps, stride = self.kernel_size[0], self.stride[0]
+        history = cache.take(self)
+        if history is None and frames == 1:
+            return Window(x.new_empty(batch, 1, height, width, channels), taps=1, shift=0, stride=1)
+        if history is None:
+            history = x.new_zeros(batch, self.memory, height, width, channels)
+        if self.stacked:
+            data = x.new_empty(batch, frames // stride, height, width, taps * channels)
+            window = Window(data, taps=taps, shift=self.memory, stride=stride)
+        else:
+            data = x.new_empty(batch, self.memory + frames, height, width, channels)
+            window = Window(data, taps=1, shift=self.memory, stride=1)
+        window.remember(history)
+        return window
+
+    def convolve(self, window: Window, cache: Cache, bias: Tensor | None) -> Tensor:
+        """The convolution itself, once the window is full; the cache keeps the window's last frames."""
+        if not cache.last:
+            cache.keep(self, window.last(self.memory))
+        data, padding = window.data, self.padding[1:]
+        if window.shift == 0:
+            return unstack(F.conv2d(stack(data), self.weight[:, :, -1], bias, 1, padding), data)
+        if not self.stacked:
+            return F.conv3d(data.movedim(-1, 1), self.weight, bias, self.stride, self.padding)
+        weight = self.weight.transpose(1, 2).flatten(1, 2)
+        if self.kernel_size[1:] == (1, 1):
+            return F.linear(data, weight.flatten(1), bias).movedim(-1, 1)
+        return unstack(F.conv2d(stack(data), weight, bias, 1, padding), data)
+
+    def arrange(self) -> None:
+        """Put the weights into the order in memory in which the formulation reads them; their shape (O, C, K, H, W)
+        stays. Without it they are copied into that order at each call, which small layers do not notice."""
+        if self.stacked:
+            self.weight.data = self.weight.data.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The input of a causal convolution while it is being written: remembered frames, then those of a piece.
+
+    Call all of them e. With one tap, `data` (B, F, H, W, C) holds e as it is. With K taps, frame t of
+    `data` (B, F, H, W, K * C) holds e[t * stride] to e[t * stride + K - 1] side by side.
+
+    Attributes:
+        shift: how many remembered frames there are in e.
+    """
+
+    data: Tensor
+    taps: int
+    shift: int
+    stride: int
+
+    def write(self, frames_BTHWC: Tensor) -> None:
+        """Fill in the piece."""
+        self._place(frames_BTHWC, self.shift)
+
+    def remember(self, frames_BTHWC: Tensor) -> None:
+        """Fill in the remembered frames."""
+        self._place(frames_BTHWC, 0)
+
+    def last(self, count: int) -> Tensor:
+        """The last frames of e, zeros where there are too few."""
+        if self.shift == 0:
+            zeros = [0, 0] * 3 + [count - 1, 0]
+            return F.pad(self.data, zeros)
+        if self.taps == 1:
+            return self.data[:, -count:]
+        return self.data[:, -1].unflatten(-1, (self.taps, -1))[..., -count:, :].movedim(-2, 1)
+
+    def _place(self, frames_BTHWC: Tensor, start: int) -> None:
+        """Write frames that are e[start], e[start + 1], ... into every slot that holds them."""
+        slots, stride = self.data.unflatten(-1, (self.taps, -1)), self.stride
+        for tap in range(self.taps):
+            # Slot `tap` of frame t is e[t * stride + tap].
+            first = max(-(-(start - tap) // stride), 0)
+            found = frames_BTHWC[:, first * stride + tap - start :: stride][:, : max(slots.shape[1] - first, 0)]
+            slots[:, first : first + found.shape[1], :, :, tap] = found
+
+
+class Convolved(NamedTuple):
+    """A convolution's result. Where kernels are fused its bias is left for the kernel that reads the result next, which
+    saves a pass over memory."""
+
+    value: Tensor
+    bias: Tensor | None
+
+    def settled(self) -> Tensor:
+        """The result with its bias."""
+        return self.value if self.bias is None else self.value.add_(self.bias.view(-1, 1, 1, 1))
+
+    def plus(self, other: Tensor) -> Tensor:
+        """The sum with another feature map, in the place of the result."""
+        if self.bias is None:
+            return self.value.add_(other)
+        if not self.value.is_meta:
+            from fastvideo_vae_core.ops.kernels.rms_norm import add_
+
+            add_(rows_of(self.value), self.bias, rows_of(other))
+        return self.value
+
+
+def norm_silu_conv(x: Tensor | Convolved, norm: RMSNorm, conv: CausalConv3d, cache: Cache) -> Convolved:
+    """conv(silu(norm(x))). The activation is written straight into the window that the convolution reads."""
+    value, bias = x if isinstance(x, Convolved) else (x, None)
+    window = conv.window(value, cache)
+    fuses = cache.fuses(value, conv)
+    if not fuses:
+        window.write(rms_norm_silu(rows_of(value), norm.gamma.flatten()))
+    elif not value.is_meta:
+        from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
+
+        norm_silu_into(window.data, rows_of(value), norm.gamma.flatten(), bias, taps=window.taps, shift=window.shift)
+    # What the window was made from is not needed during the convolution.
+    del x, value
+    made = conv.convolve(window, cache, None if fuses else conv.bias)
+    return Convolved(made.contiguous(memory_format=torch.channels_last_3d), conv.bias if fuses else None)
+
+
+def stacks(channels: int, kernel: tuple[int, int, int]) -> bool:
+    """Whether windows of frames side by side are faster than a 3-D convolution, for that many input channels.
+
+    Measured, in TFLOP/s of an H100 in bfloat16 with channels innermost, 3-D against side by side: 96 channels 247, 525;
+    384 channels 586, 790; but 160 channels 509, 440; 192 channels 600, 525. On a CPU in float32, in GFLOP/s of two
+    cores: 16 channels 7, 43; 64 channels 21, 118; 96 channels 202, 229; from 192 on they are alike.
+    """
+    return kernel[1:] == (1, 1) or channels <= 128 or channels == 384
+
+
+def rows_of(x_BCTHW: Tensor) -> Tensor:
+    """(B, T, H, W, C): a view of the same memory, channels innermost."""
+    return x_BCTHW.movedim(1, -1)
+
+
+def stack(x_BTHWC: Tensor) -> Tensor:
+    """Frames as the items of a batch (B * T, C, H, W), for 2-D operations; a view."""
+    return x_BTHWC.flatten(0, 1).movedim(-1, 1)
+
+
+def unstack(y_NCHW: Tensor, like_BTHWC: Tensor) -> Tensor:
+    """(B, C, T, H, W) from the frames of a batch of videos like the given one; a view."""
+    return y_NCHW.unflatten(0, like_BTHWC.shape[:2]).transpose(1, 2)
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,0 +1,142 @@
+"""Causal convolutions in pieces against one convolution of everything, and the kernels that feed them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, rows_of
+from fastvideo_vae_core.ops.rms_norm import RMSNorm, rms_norm_silu
+
+FORMULATIONS = pytest.mark.parametrize("stacked", [False, True], ids=["conv3d", "windows"])
+
+
+def definition(conv: CausalConv3d, x: Tensor) -> Tensor:
+    """One convolution over everything, with zeros in front."""
+    _, height, width = conv.padding
+    padded = F.pad(x, (width, width, height, height, conv.memory, 0))
+    return F.conv3d(padded, conv.weight, conv.bias, conv.stride)
+
+
+@FORMULATIONS
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("cut", [[7], [1] * 7, [1, 2, 4], [3, 1, 3], [1, 6]], ids=str)
+def test_pieces_equal_the_whole(stacked: bool, kernel: tuple[int, int, int], cut: list[int]) -> None:
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(3, 5, kernel).double(), torch.randn(2, 3, 7, 4, 6, dtype=torch.float64)
+    conv.stacked = stacked or kernel[1:] == (1, 1)
+    cache = Cache(x.device)
+    made = torch.cat([conv(piece, cache) for piece in x.split(cut, 2)], 2)
+    assert torch.allclose(made, definition(conv, x), rtol=0, atol=1e-12)
+
+
+@FORMULATIONS
+def test_a_strided_layer_begins_with_the_last_frame_it_kept(stacked: bool) -> None:
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(3, 5, (3, 1, 1), stride=2).double(), torch.randn(2, 3, 9, 4, 6, dtype=torch.float64)
+    conv.stacked = stacked
+    cache = Cache(x.device)
+    cache.keep(conv, rows_of(x[:, :, :1]))
+    made = torch.cat([conv(piece, cache) for piece in x[:, :, 1:].split([2, 4, 2], 2)], 2)
+    assert torch.allclose(made, F.conv3d(x, conv.weight, conv.bias, conv.stride), rtol=0, atol=1e-12)
+
+
+@FORMULATIONS
+def test_the_order_of_the_weights_in_memory_does_not_matter(stacked: bool) -> None:
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(3, 5).double(), torch.randn(1, 3, 4, 4, 6, dtype=torch.float64)
+    conv.stacked = stacked
+    before = conv(x, Cache(x.device))
+    shape, weight = conv.weight.shape, conv.weight.detach().clone()
+    conv.arrange()
+    assert conv.weight.shape == shape
+    assert torch.equal(conv.weight, weight)
+    assert torch.allclose(conv(x, Cache(x.device)), before, rtol=0, atol=1e-12)
+
+
+def test_the_last_piece_leaves_nothing_in_the_cache() -> None:
+    conv, x = CausalConv3d(3, 5), torch.randn(1, 3, 4, 4, 6)
+    cache = Cache(x.device)
+    conv(x, cache)
+    assert cache.take(conv) is not None
+    assert cache.take(conv) is None
+    cache.last = True
+    conv(x, cache)
+    assert cache.take(conv) is None
+
+
+def test_gradients_flow_through_the_windows() -> None:
+    torch.manual_seed(0)
+    norm, conv = RMSNorm(3, axes=3).double(), CausalConv3d(3, 2).double()
+    x = torch.randn(1, 3, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        cache = Cache(x.device)
+        pieces = [norm_silu_conv(piece, norm, conv, cache).plus(0 * piece[:, :2]) for piece in x.split([1, 3], 2)]
+        return torch.cat(pieces, 2)
+
+    assert torch.autograd.gradcheck(run, (x,))
+
+
+def test_the_norm_is_that_of_its_definition() -> None:
+    rows, gamma = torch.randn(4, 5, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    expected = F.normalize(rows, dim=-1) * 7**0.5 * gamma
+    assert torch.allclose(rms_norm_silu(rows, gamma), F.silu(expected), rtol=0, atol=1e-14)
+    assert torch.equal(rms_norm_silu(torch.zeros(2, 7), gamma.float()), torch.zeros(2, 7))
+
+
+# Runs in a process of its own, because Triton decides when it is imported whether it interprets.
+_SCRIPT = """
+import json, torch
+from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, rows_of
+from fastvideo_vae_core.ops.kernels.rms_norm import add_, norm_silu_into
+from fastvideo_vae_core.ops.rms_norm import rms_norm_silu
+
+torch.manual_seed(0)
+errors = {}
+with torch.no_grad():
+    for shape in ((1, 12, 1, 3, 5), (2, 12, 4, 3, 5), (1, 40, 3, 9, 8), (1, 1024, 2, 2, 3)):
+        for stacked in (False, True):
+            conv, cache = CausalConv3d(shape[1], 4), Cache(torch.device("cpu"))
+            conv.stacked = stacked
+            x = torch.randn(shape).contiguous(memory_format=torch.channels_last_3d)
+            gamma, bias = torch.randn(2, shape[1])
+            for history in (None, torch.randn(shape[0], 2, *shape[3:], shape[1])):
+                if history is not None:
+                    cache.keep(conv, history)
+                window = conv.window(x, cache)
+                if history is not None:
+                    cache.keep(conv, history)
+                expected = conv.window(x, cache)
+                window.data.nan_to_num_(nan=0.0)
+                norm_silu_into(window.data, rows_of(x), gamma, bias, taps=window.taps, shift=window.shift)
+                expected.write(rms_norm_silu((rows_of(x) + bias).double(), gamma.double()).float())
+                errors[f"{shape} {stacked} {history is None}"] = float((window.data - expected.data).abs().max())
+        y, other = rows_of(x).clone(), torch.randn_like(rows_of(x))
+        add_(y, bias, other)
+        errors[f"add {shape}"] = float((y - (rows_of(x) + bias + other)).abs().max())
+print(json.dumps(errors))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
+def test_kernels_equal_their_definitions() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _SCRIPT],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    errors = json.loads(ran.stdout)
+    assert len(errors) == 20
+    # A few units in the last place of float32.
+    assert max(errors.values()) < 1e-5, errors

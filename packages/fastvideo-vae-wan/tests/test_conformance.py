@@ -1,0 +1,50 @@
+"""The contract of every family, laid on the Wan autoencoders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_core.testing.conformance import ConformanceSuite
+from fastvideo_vae_core.testing.contract.hooks import VAE, distance
+from fastvideo_vae_core.testing.golden import fill
+from fastvideo_vae_wan import WAN21, WAN22, AutoencoderKLWan, WanArchConfig
+
+# Three levels instead of four, and narrow.
+LEVELS = {"dim_mult": (1, 2, 2), "num_res_blocks": 1, "scale_factor_temporal": None, "scale_factor_spatial": None}
+TINY21 = replace(WAN21, **LEVELS, base_dim=4, temperal_downsample=(True, True))
+TINY22 = replace(WAN22, **LEVELS, base_dim=4, decoder_base_dim=6, temperal_downsample=(False, True))
+
+
+def filled(arch: WanArchConfig) -> AutoencoderKLWan:
+    model = AutoencoderKLWan(VAEConfig(arch_config=arch))
+    fill(model, gains={"decoder.conv_out.weight": 0.5})
+    return model
+
+
+class WanSuite(ConformanceSuite):
+    stream_axis = 2
+
+    def test_forward_is_decode_of_the_mode(self, vae64: VAE) -> None:
+        """Without the clamp of `decode`, which would keep gradients from what leaves [-1, 1]."""
+        x = self.example(vae64, "encode")
+        expected = vae64.decode_unclamped(vae64.encode(x).latent_dist.mode())
+        assert distance(vae64(x), expected) <= self.fp64_bound
+
+
+class TestWan21(WanSuite):
+    """Wan 2.1."""
+
+    latent_grids = ((1, 1, 1), (2, 3, 1), (3, 2, 4))
+
+    def tiny(self) -> AutoencoderKLWan:
+        return filled(TINY21)
+
+
+class TestWan22(WanSuite):
+    """Wan 2.2, with patches and shortcuts around the levels."""
+
+    latent_grids = ((1, 1, 1), (2, 1, 3), (3, 4, 2))
+
+    def tiny(self) -> AutoencoderKLWan:
+        return filled(TINY22)
