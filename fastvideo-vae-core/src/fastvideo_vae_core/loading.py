@@ -259,9 +259,10 @@ def _half_dtype(
 
 
 def _fingerprint(checkpoint: Checkpoint, recognised: Recognised) -> str:
+    names = {name: stored for name, (stored, _) in recognised.renames.items()}
     return fingerprint(
-        (name, checkpoint.infos[stored].shape, checkpoint.head(stored))
-        for name, (stored, _) in recognised.renames.items()
+        ((name, checkpoint.head(stored)) for name, stored in names.items()),
+        {name: checkpoint.infos[stored].shape for name, stored in names.items()},
     )
 
 
