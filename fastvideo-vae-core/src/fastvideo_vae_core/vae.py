@@ -417,7 +417,8 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
     def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
         """Tiles that a memory budget may choose from, the largest first."""
         largest = max(*shape[-2:], *output[-2:])
-        return [_tile((length, length), shape, output) for length in _TILES if length < largest]
+        axes = min(2, len(shape) - 2)
+        return [_tile((length,) * axes, shape, output) for length in _TILES if length < largest]
 
     def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
         """Type to compute in, whether to retry in float32, and why."""
