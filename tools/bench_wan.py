@@ -353,11 +353,11 @@ def pair(arch: WanArchConfig, device: str, dtype: torch.dtype, twin: bool = True
     model = model.to(device).eval().requires_grad_(False)
     if not twin:
         return model, None
-    from diffusers import AutoencoderKLWan as Reference
+    import diffusers
 
     config = {name: each for name, each in arch.to_dict().items() if name not in ("scaling_factor", "clip_output")}
     with torch.device("meta"):
-        reference = Reference(**config)
+        reference: Any = getattr(diffusers, type(model).__name__)(**config)
     reference.load_state_dict({name: each.clone() for name, each in state.items()}, assign=True)
     return model, reference.eval().requires_grad_(False)
 

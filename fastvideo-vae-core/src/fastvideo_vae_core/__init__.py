@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         VAEError,
     )
     from fastvideo_vae_core.family import Component, Evidence, Family, Inferred, Layout
+    from fastvideo_vae_core.graphs import Captured
     from fastvideo_vae_core.latents import LatentFile, read_latents, write_latents
     from fastvideo_vae_core.loading import inspect, load, load_demo
     from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
@@ -41,6 +42,7 @@ _HOME = {
         "VAEError",
     ),
     "family": ("Component", "Evidence", "Family", "Inferred", "Layout"),
+    "graphs": ("Captured",),
     "latents": ("LatentFile", "read_latents", "write_latents"),
     "loading": ("inspect", "load", "load_demo"),
     "outputs": ("DecoderOutput", "EncoderOutput"),
@@ -51,6 +53,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Captured",
     "CheckpointError",
     "Component",
     "ConfigError",

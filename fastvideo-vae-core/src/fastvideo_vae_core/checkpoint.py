@@ -180,16 +180,17 @@ def fits(stored: Sequence[int], wanted: Sequence[int], reshape: bool) -> bool:
     return [length for length in stored if length != 1] == [length for length in wanted if length != 1]
 
 
-def fingerprint(tensors: Iterable[tuple[str, Sequence[int], Tensor]]) -> str:
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]] | None = None) -> str:
     """A digest of the model's tensors, the same for every file layout: names, sizes and the first values of each.
 
-    tensors: name, shape, and the tensor or its beginning.
+    shapes: those of the whole tensors, where `tensors` gives only the beginnings.
 
     Values are compared as float32, axes of length one do not count. It tells checkpoints apart and is no proof against
     somebody who wants two to look alike.
     """
     digest = hashlib.sha256()
-    for name, shape, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        shape = tensor.shape if shapes is None else shapes[name]
         digest.update(f"{name} {[length for length in shape if length != 1]}".encode())
         digest.update(tensor.detach().reshape(-1)[:HEAD].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -211,12 +211,12 @@ def _check_fit(model: torch.nn.Module, checkpoint: Checkpoint, recognised: Recog
     missing = [name for name in wanted if name not in renames]
     unexpected = [name for name in renames if name not in wanted and not name.startswith(left)]
     misshapen = []
-    for name in wanted.keys() & renames.keys():
+    for name in (name for name in wanted if name in renames):
         stored, reshape = renames[name]
         shape = checkpoint.infos[stored].shape
         if not fits(shape, wanted[name].shape, reshape):
             misshapen.append(f"{stored} {shape} for {tuple(wanted[name].shape)}")
-    problems = {"missing": missing, "unexpected": [*recognised.unexpected, *unexpected], "misshapen": sorted(misshapen)}
+    problems = {"missing": missing, "unexpected": [*recognised.unexpected, *unexpected], "misshapen": misshapen}
     if any(problems.values()):
         where = ", ".join(map(str, checkpoint.paths))
         told = "; ".join(f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names)
@@ -259,9 +259,10 @@ def _half_dtype(
 
 
 def _fingerprint(checkpoint: Checkpoint, recognised: Recognised) -> str:
+    names = {name: stored for name, (stored, _) in recognised.renames.items()}
     return fingerprint(
-        (name, checkpoint.infos[stored].shape, checkpoint.head(stored))
-        for name, (stored, _) in recognised.renames.items()
+        ((name, checkpoint.head(stored)) for name, stored in names.items()),
+        {name: checkpoint.infos[stored].shape for name, stored in names.items()},
     )
 
 

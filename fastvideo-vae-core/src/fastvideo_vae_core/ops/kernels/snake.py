@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.conv1d import Sum
 
-# Elements that a program holds at a time.
-_TILE = 8192
+# Elements that a program of Snake holds at a time, and its warps.
+_TILE, _WARPS = 8192, 8
+# Samples and input channels of a step that a program of the pointwise convolution holds at a time, by channels.
+_POINTWISE = {64: (128, 64), 128: (128, 64), 256: (128, 32)}
 
 
 def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
@@ -48,7 +50,7 @@ def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tenso
         main.dtype == torch.float32,
         tile,
         block,
-        num_warps=8,
+        num_warps=_WARPS,
     )
     made = [each.transpose(1, 2) if last else each for each in (total, out)]
     return made[0] if keep else None, made[1]
@@ -59,7 +61,7 @@ def snake_pointwise(x: Sum, alpha: Tensor, beta: Tensor, conv: nn.Conv1d, skip: 
     rows, skipped = x.x.transpose(1, 2), skip.transpose(1, 2)
     out = torch.empty_like(rows)
     channels, count = rows.shape[2], rows.shape[0] * rows.shape[1]
-    tile, step, warps = (128, 64, 8) if channels <= 128 else (128, 32, 8)
+    tile, step = _POINTWISE[channels]
     assert rows.is_contiguous()
     assert skipped.is_contiguous()
     _pointwise_kernel[(triton.cdiv(count, tile),)](
@@ -77,14 +79,14 @@ def snake_pointwise(x: Sum, alpha: Tensor, beta: Tensor, conv: nn.Conv1d, skip: 
         channels,
         tile,
         step,
-        num_warps=warps,
+        num_warps=8,
     )
     return out.transpose(1, 2)
 
 
 def takes_pointwise(channels: int) -> bool:
     """Whether a program can hold all channels of its rows at once."""
-    return channels in (64, 128, 256)
+    return channels in _POINTWISE
 
 
 def _rows(x: Tensor | None, last: bool) -> Tensor | None:
