@@ -289,9 +289,12 @@ def test_a_tag_that_names_no_version_of_a_package_is_refused() -> None:
 def empty_workspace(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "LICENSE", tmp_path)
-    for name in ("fastvideo-vae-core", "packages/fastvideo-vae-wan"):
-        (tmp_path / name).mkdir(parents=True)
-        shutil.copy(ROOT / name / "pyproject.toml", tmp_path / name)
+    core, reserved = tmp_path / "fastvideo-vae-core", tmp_path / "packages/fastvideo-vae-later"
+    core.mkdir()
+    shutil.copy(ROOT / core.name / "pyproject.toml", core)
+    reserved.mkdir(parents=True)
+    skeleton = f'[project]\nname = "{reserved.name}"\nversion = "0.0.0"\n\n[tool.uv]\npackage = false\n'
+    (reserved / "pyproject.toml").write_text(skeleton, encoding="utf-8")
     return tmp_path
 
 
@@ -309,9 +312,9 @@ def test_a_scaffolded_family_has_the_files_of_every_family_and_compiles(empty_wo
 
 
 def test_scaffolding_fills_a_skeleton_and_refuses_a_family(empty_workspace: Path) -> None:
-    scaffold_family.scaffold("wan", "AutoencoderKLWan", "video autoencoders of Wan", empty_workspace)
-    with pytest.raises(SystemExit, match="fastvideo-vae-wan exists already"):
-        scaffold_family.scaffold("wan", "AutoencoderKLWan", "video autoencoders of Wan", empty_workspace)
+    scaffold_family.scaffold("later", "AutoencoderLater", "autoencoder of later", empty_workspace)
+    with pytest.raises(SystemExit, match="fastvideo-vae-later exists already"):
+        scaffold_family.scaffold("later", "AutoencoderLater", "autoencoder of later", empty_workspace)
 
 
 @pytest.mark.parametrize(("family", "class_name"), [("../wan", "Wan"), ("Wan", "Wan"), ("wan", "class Wan")])

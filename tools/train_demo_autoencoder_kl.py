@@ -187,8 +187,8 @@ def train(recipe: Recipe, photographs: Path, output: Path, minutes: float, devic
     log(f"{HEADER}\n{table}\n{arch}\nlowest {min(m.psnr for m in measured):.2f} dB")
     shutil.copyfile(photographs / "held-out" / f"{SHIPPED}.jpg", output / "demo" / "photograph.jpg")
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    batches = " and ".join(f"{stage.batch} crops of {stage.side}² pixels" for stage in recipe.stages)
-    run = f"{steps} steps of {batches} in {minutes:g} minutes, compilation included, on one {where}"
+    batches = ", then ".join(f"{stage.batch} crops of {stage.side}² pixels" for stage in recipe.stages)
+    run = f"{steps} steps of {batches} in {minutes:g} minutes, on one {where}"
     (output / "demo" / "README.md").write_text(readme(recipe, run, table, sources(photographs)), encoding="utf-8")
     log("done")
 

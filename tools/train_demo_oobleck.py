@@ -258,8 +258,9 @@ class Spectral:
         pairs = [torch.cat([y, y.sum(1, keepdim=True), y.diff(dim=1)], 1).flatten(0, 1) for y in (made_BCS, x_BCS)]
         losses = []
         for window in self.windows:
-            made, x = (self._magnitudes(pair, window) for pair in pairs)
-            relative = (made - x).square().sum((1, 2)).sqrt() / (x.square().sum((1, 2)).sqrt() + 0.1)
+            made, x = (self._magnitudes(pair, window).unflatten(0, (len(x_BCS), -1)) for pair in pairs)
+            # Of all four together, because the difference of a sound in the middle is nothing.
+            relative = (made - x).square().sum((1, 2, 3)).sqrt() / (x.square().sum((1, 2, 3)).sqrt() + 1.0)
             losses.append(relative.mean() + (made.log() - x.log()).abs().mean())
         return torch.stack(losses).mean()
 

@@ -331,7 +331,12 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
                 stacklevel=3,
             )
             result = self._compute(replace(plan, dtype=torch.float32, retry=False), x)
-        return result
+        return self._finish(direction, result)
+
+    def _finish(self, direction: Direction, y: Tensor) -> Tensor:
+        """The last touch on what the network made, such as an official clamp; behind the check for overflow, which a
+        clamp would hide."""
+        return y
 
     def _compute(self, plan: Plan, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -411,7 +416,9 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
         """Tiles that a memory budget may choose from, the largest first."""
-        return [_tile((length, length), shape, output) for length in _TILES]
+        largest = max(*shape[-2:], *output[-2:])
+        axes = min(2, len(shape) - 2)
+        return [_tile((length,) * axes, shape, output) for length in _TILES if length < largest]
 
     def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
         """Type to compute in, whether to retry in float32, and why."""

@@ -156,6 +156,7 @@ def test_goldens_in_float32(golden: Golden, checkpoint: Path) -> None:
     assert compared == sum(len(case["outputs"]) for case in golden.cases) == 21
 
 
+@pytest.mark.slow
 def test_goldens_in_float64(golden: Golden, checkpoint: Path) -> None:
     ours = load(checkpoint, dtype="float64")
     assert isinstance(ours, AutoencoderOobleck)

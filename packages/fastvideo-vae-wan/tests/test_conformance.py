@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+import torch
+
 from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_core.errors import ShapeError
 from fastvideo_vae_core.testing.conformance import ConformanceSuite
 from fastvideo_vae_core.testing.contract.hooks import VAE, distance
 from fastvideo_vae_core.testing.golden import fill
@@ -48,3 +52,12 @@ class TestWan22(WanSuite):
 
     def tiny(self) -> AutoencoderKLWan:
         return filled(TINY22)
+
+    def test_the_official_treatment_of_illegal_sizes_gives_the_promised_shape(self, vae: VAE) -> None:
+        """Frames are dropped; pictures that do not divide make the official code fail, so they are refused."""
+        vae.config = replace(vae.config, illegal_sizes="official")
+        frames, *pictures = self.illegal_shapes(vae)
+        assert vae.encode(torch.zeros(frames)).latent_dist.mean.shape == vae.encoded_shape(frames)
+        for shape in pictures:
+            with pytest.raises(ShapeError, match="pad_to_valid"):
+                vae.encode(torch.zeros(shape))

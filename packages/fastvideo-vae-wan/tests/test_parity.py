@@ -29,7 +29,11 @@ OTHER_ORDER = (2e-6, "sums of the same numbers in another order")
 every_variant = pytest.mark.parametrize("variant", PUBLISHED)
 
 
-@every_variant
+# 705 million numbers take a minute.
+every_published = pytest.mark.parametrize("variant", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.slow)])
+
+
+@every_published
 class TestOfficial:
     """Golden files: outputs of Wan's code with the published configurations at full width.
 

@@ -148,8 +148,9 @@ def test_chunks_of_different_videos_are_refused(vae: AutoencoderKLWan) -> None:
 
 def test_float16_that_overflows_goes_on_in_float32(vae: AutoencoderKLWan) -> None:
     half = vae.half()
+    half.config = replace(half.config, fp16="retry")
     z = latents(half)
-    half.decoder.conv_in.weight *= 3e4
+    half.decoder.conv_in.weight *= 1e5
     expected = half.float().decode(z.float()).sample
     half = half.half()
     with pytest.warns(UserWarning, match="goes on in float32"):

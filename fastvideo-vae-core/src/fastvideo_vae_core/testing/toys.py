@@ -343,6 +343,9 @@ class ToyAudio(Toy):
     def sample_axes(self) -> tuple[Axis, ...]:
         return (Axis(up=4),)
 
+    def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(length,) for length in (256, 64, 16)]
+
     def encoder_of(self, width: int, latents: int) -> Half:
         return AudioEncoder(width, latents)
 

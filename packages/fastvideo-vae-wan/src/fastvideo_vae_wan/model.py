@@ -7,8 +7,10 @@ Source: Wan-Video/Wan2.1 `wan/modules/vae.py`; Wan-Video/Wan2.2 `wan/modules/vae
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,6 +65,15 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
     @property
     def channels(self) -> tuple[int, int]:
         return self.arch.in_channels // self.arch.patch**2, self.arch.z_dim
+
+    def encoded_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        latents = super().encoded_shape(shape)
+        # The official code of Wan 2.1 cuts such pictures; that of Wan 2.2 fails on them, and so there is nothing to do.
+        if self.arch.is_residual and any(
+            size % axis.up for size, axis in zip(shape[3:], self.sample_axes[1:], strict=True)
+        ):
+            raise ShapeError(f"{self._illegal(shape)}, or use pad_to_valid() and crop_to()")
+        return latents
 
     def posterior(self, parameters: Tensor) -> DiagonalGaussianDistribution:
         return DiagonalGaussianDistribution(parameters)
@@ -175,8 +186,11 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 return self._encode(x, chunk, plan.device)
             return run_steps(self.encode_steps(chunk, plan.device), x, plan.tile)
         if plan.tile is None:
-            return self._decode(x, chunk, plan.device).clamp_(-1.0, 1.0)
-        return run_steps(self.decode_steps(chunk, plan.device), x, plan.tile).clamp_(-1.0, 1.0)
+            return self._decode(x, chunk, plan.device)
+        return run_steps(self.decode_steps(chunk, plan.device), x, plan.tile)
+
+    def _finish(self, direction: Direction, y: Tensor) -> Tensor:
+        return y.clamp_(-1.0, 1.0) if direction == "decode" else y
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces as soon as they are finished, from chunks of any lengths; only the cache is held between them.
@@ -199,7 +213,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 cache = before.handed_to(model, self, dtype)
                 made = model._piece(direction, piece.to(dtype), cache)
             cache.first = False
-            yield made.to(stored)
+            yield self._finish(direction, made.to(stored))
 
     def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         chunks = iter(chunks)
@@ -224,7 +238,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _piece(self, direction: Direction, x: Tensor, cache: Cache) -> Tensor:
         if direction == "encode":
             return self._encode_piece(x, cache)
-        return self._decode_piece(x, cache).clamp_(-1.0, 1.0)
+        return self._decode_piece(x, cache)
 
     def _chunk(
         self, direction: Direction, shape: Sequence[int], output: Sequence[int], asked: int | None
@@ -235,6 +249,25 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         if latents == 1:
             return None
         return min(self._default_chunk(direction, shape) if asked is None else asked, latents - 1)
+
+    def _predict(self, plan: Plan) -> int:
+        """Pieces are alike from the third on, so a short video tells the peak; inputs and results come on top."""
+        latents = 1 + 2 * (plan.chunk or 1)
+        z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
+        if z_shape[2] <= latents:
+            return super()._predict(plan)
+        short_z = (*z_shape[:2], latents, *z_shape[3:])
+        shapes = (self.decoded_shape(short_z), short_z)
+        inputs, outputs = shapes if plan.direction == "encode" else shapes[::-1]
+        short = replace(plan, input_shape=inputs, output_shape=outputs)
+        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, short)]
+        more = numbers[0] - numbers[1]
+        if plan.tile is not None:
+            # The grid between the middle and the levels is as long as the video, and so is the result of a tile.
+            more *= 2
+            width = (self.arch.encoder_widths if plan.direction == "encode" else self.arch.decoder_widths[::-1])[-1]
+            more += plan.items * width * math.prod(z_shape[3:]) * (z_shape[2] - latents)
+        return super()._predict(short) + more * plan.dtype.itemsize
 
     def _default_chunk(self, direction: Direction, shape: Sequence[int]) -> int:
         """Latent frames of a piece, so that the widest feature map of a piece has some hundred megabytes."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -179,12 +180,15 @@ def remember(made: list[weakref.ref[Tensor]], module: nn.Module, inputs: object,
 
 
 def overflow_in_float16(model: type[VAE], direction: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make float16 arithmetic of a half overflow, as real weights do, and leave the other types alone."""
+    """Make float16 arithmetic of a half overflow, as real weights do, and leave the other types alone.
+
+    What comes out is NaN: norms divide infinity by infinity, and a clamp behind the network lets NaN through.
+    """
     original = getattr(model, f"_{direction}")
 
-    def overflowing(self: VAE, x: Tensor) -> Tensor:
-        result: Tensor = original(self, x)
-        return result * torch.inf if x.dtype == torch.float16 else result
+    def overflowing(self: VAE, x: Tensor, *options: Any) -> Tensor:
+        result: Tensor = original(self, x, *options)
+        return result * torch.nan if x.dtype == torch.float16 else result
 
     monkeypatch.setattr(model, f"_{direction}", overflowing)
 
