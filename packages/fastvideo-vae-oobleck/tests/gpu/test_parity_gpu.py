@@ -286,7 +286,7 @@ def check_pieces(bench: Bench, direction: Direction, dtype: torch.dtype, bound: 
     ours, _ = sides(bench, "Stable Audio", dtype)
     x = example(bench, "Stable Audio", direction, bench.exact).to(bench.device, dtype)
     whole = run_ours(ours, direction, x)
-    tile = 17 if direction == "encode" else 17 * ours.hop_length + 5
+    tile = 17 * ours.hop_length + 5
     pieces = run_ours(ours, direction, x, plan_of(ours, direction, x, tile=(tile,)))
     with torch.no_grad():
         chunks = x.split(x.shape[2] // 5 + 3, 2)
@@ -332,7 +332,7 @@ def check_budget(bench: Bench, table: Table, direction: Direction) -> None:
     """Ten minutes, in pieces as they come by themselves, and within what a piece of 64 latents needs."""
     ours, _ = sides(bench, "Stable Audio", torch.float16)
     x = example(bench, "Stable Audio", direction, bench.long).to(bench.device, torch.float16)
-    tile = 64 if direction == "encode" else 64 * ours.hop_length
+    tile = 64 * ours.hop_length
     budget = plan_of(ours, direction, x, tile=(tile,)).peak_bytes
     plans = [plan_of(ours, direction, x), plan_of(ours, direction, x, memory_budget=budget)]
     calls = [partial(run_ours, ours, direction, x, plan) for plan in plans]
@@ -341,7 +341,7 @@ def check_budget(bench: Bench, table: Table, direction: Direction) -> None:
     operations = tflop(bench, "Stable Audio", direction) * bench.long / bench.latents
     for plan, (peak, reserved), seconds in zip(plans, memory, times, strict=True):
         assert plan.tile is not None
-        pieces = plan.tile[0] if direction == "encode" else plan.tile[0] // ours.hop_length
+        pieces = plan.tile[0] // ours.hop_length
         row = Row(
             what=f"Stable Audio {direction} {seconds_of(bench, 'Stable Audio', bench.long)} fp16",
             ms=(math.nan, 1000 * seconds),
