@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from torch import Tensor
 
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, rows_of
 from fastvideo_vae_core.ops.rms_norm import RMSNorm, rms_norm_silu
+from fastvideo_vae_core.testing.interpreter import interpreted
 
 FORMULATIONS = pytest.mark.parametrize("stacked", [False, True], ids=["conv3d", "windows"])
 
@@ -93,7 +90,6 @@ def test_the_norm_is_that_of_its_definition() -> None:
     assert torch.equal(rms_norm_silu(torch.zeros(2, 7), gamma.float()), torch.zeros(2, 7))
 
 
-# Runs in a process of its own, because Triton decides when it is imported whether it interprets.
 _SCRIPT = """
 import json, torch
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, rows_of
@@ -129,14 +125,7 @@ print(json.dumps(errors))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    errors = json.loads(ran.stdout)
+    errors = interpreted(_SCRIPT)
     assert len(errors) == 20
     # A few units in the last place of float32.
     assert max(errors.values()) < 1e-5, errors

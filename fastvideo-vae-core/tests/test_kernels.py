@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-# Runs in a process of its own, because Triton decides when it is imported whether it interprets.
+from fastvideo_vae_core.testing.interpreter import interpreted
+
 _SCRIPT = """
 import json, torch, torch.nn.functional as F
 from torch import nn
@@ -42,14 +39,7 @@ print(json.dumps(errors))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    errors = json.loads(ran.stdout)
+    errors = interpreted(_SCRIPT)
     assert len(errors) == 12
     # float32 around a mean of 30: a few units in the last place, of the numbers before the mean is taken off.
     assert max(errors.values()) < 1e-5, errors

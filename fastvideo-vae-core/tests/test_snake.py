@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,9 +10,9 @@ from torch import nn
 
 from fastvideo_vae_core.ops.conv1d import Sum, conv1d, needs, upsample1d
 from fastvideo_vae_core.ops.snake import Snake, snake, snake_pointwise
+from fastvideo_vae_core.testing.interpreter import interpreted
 from fastvideo_vae_core.testing.parity import relative_error
 
-# Runs in a process of its own, because Triton decides when it is imported whether it interprets.
 _SCRIPT = """
 import itertools, json, torch, torch.nn.functional as F
 from torch import nn
@@ -72,14 +68,7 @@ print(json.dumps(errors))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    errors: dict[str, float] = json.loads(ran.stdout)
+    errors = interpreted(_SCRIPT)
     assert len(errors) == 9
     for name, error in errors.items():
         # One rounding at the end, of 24 or of 11 bits; a sum that is kept is rounded before.
