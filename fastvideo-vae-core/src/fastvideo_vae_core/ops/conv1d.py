@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+# Channels in 16 bits that make up the 16 bytes at which cuDNN's kernels for tensor cores read and write.
+_ALIGNED = 8
+
+
 class Sum(NamedTuple):
     """A sum that the next operation takes, so that adding up costs no pass over memory of its own.
 
@@ -46,8 +50,13 @@ def conv1d(x: Tensor, conv: nn.Conv1d) -> Sum:
     # cuDNN would add the bias in a pass of its own, which the next operation saves.
     if not _channels_last(x):
         return Sum(F.conv1d(x, conv.weight, None, stride, padding, dilation), bias=conv.bias)
-    y = F.conv2d(x.unsqueeze(2), conv.weight.unsqueeze(2), None, (1, stride), (0, padding), (1, dilation))
-    return Sum(y.squeeze(2), bias=conv.bias)
+    # The first convolution and the last one have two channels on one side, for which cuDNN would leave the tensor cores:
+    # 243 ms where all others of the network take 19. With zeros in the places of the missing ones it does not.
+    inputs, outputs = -conv.in_channels % _ALIGNED, -conv.out_channels % _ALIGNED
+    weight = F.pad(conv.weight, (0, 0, 0, inputs, 0, outputs)) if inputs or outputs else conv.weight
+    x = F.pad(x.mT, (0, inputs)).mT if inputs else x
+    y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, (1, stride), (0, padding), (1, dilation))
+    return Sum(y.squeeze(2)[:, : conv.out_channels], bias=conv.bias)
 
 
 def upsample1d(x: Tensor, conv: nn.ConvTranspose1d) -> Sum:
