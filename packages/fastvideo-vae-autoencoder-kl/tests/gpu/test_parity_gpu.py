@@ -7,16 +7,9 @@ same code runs on every machine as a rehearsal with tiny networks on the CPU, wh
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +19,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastvideo_vae_autoencoder_kl import FLUX1, SDXL, AutoencoderKL, AutoencoderKLArchConfig
 from fastvideo_vae_core.config import VAEConfig
-from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.testing import bench as benches
+from fastvideo_vae_core.testing.bench import (
+    GIB,
+    HOW,
+    Row,
+    Table,
+    alone,
+    compare,
+    plan_of,
+    resident_bytes,
+    run,
+    warm_up,
+    without_tf32,
+)
 from fastvideo_vae_core.testing.golden import fill, make_input
 from fastvideo_vae_core.testing.parity import relative_error
 from fastvideo_vae_core.testing.threads import single_thread
@@ -35,7 +42,6 @@ diffusers = pytest.importorskip("diffusers", reason="this machine has no diffuse
 
 ARCHS = {"SDXL": SDXL, "FLUX.1": FLUX1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GIB = 2**30
 
 # float32 without TF32 against float64: sums over a few thousand terms through some sixty layers.
 FP32_BOUND = 1e-5
@@ -43,113 +49,28 @@ FP32_BOUND = 1e-5
 SIXTEEN_BIT_SLACK = 1.05
 
 
+FOOTNOTE = f"{HOW} The reference of the distance, which is relative, is diffusers in float64."
+
+
 @dataclass(frozen=True)
-class Bench:
+class Bench(benches.Bench):
     """Where things run, and how large they are.
 
     Attributes:
         pixels: side of the pictures that are timed.
         large: side of the picture that is tiled to fit a budget.
         tile, small_tile: extents of tiles for the large picture and for one of `pixels`.
-        runs: timed calls of each side, behind two that are not.
         widths: replaces the published ones in the rehearsal.
     """
 
-    device: torch.device
     pixels: int = 1024
     large: int = 2048
     tile: int = 512
     small_tile: int = 384
-    runs: int = 9
     widths: tuple[int, ...] | None = None
 
     def arch(self, name: str) -> AutoencoderKLArchConfig:
         return ARCHS[name] if self.widths is None else replace(ARCHS[name], block_out_channels=self.widths)
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Time of one call: on a GPU between CUDA events."""
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        run()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1000
-
-    def first_call(self, run: Callable[[], object]) -> float:
-        """Time of a call that finds no memory that another one has left."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self.seconds(run)
-
-    def memory(self, run: Callable[[], object], resident: int) -> tuple[float, float]:
-        """Peak of allocated and of reserved GiB in one call, with `resident` bytes of its own from before."""
-        if self.device.type != "cuda":
-            run()
-            return math.nan, math.nan
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        run()
-        torch.cuda.synchronize()
-        peaks = torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved
-        return (peaks[0] + resident) / GIB, (peaks[1] + resident) / GIB
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table; `theirs` is diffusers. Not a number: was not measured."""
-
-    what: str
-    ms: tuple[float, float] = field(metadata={"title": "ms", "digits": 1})
-    tflops: tuple[float, float] = field(metadata={"title": "TFLOP/s", "digits": 0})
-    peak: tuple[float, float] = field(metadata={"title": "peak GiB", "digits": 2})
-    predicted: float = field(metadata={"title": "predicted GiB", "digits": 2})
-    reserved: tuple[float, float] = field(metadata={"title": "reserved GiB", "digits": 2})
-    first: tuple[float, float] = field(metadata={"title": "first call s", "digits": 2})
-    distance: tuple[float, float] = field(metadata={"title": "distance to the reference", "digits": None})
-    note: str = ""
-
-    def cells(self) -> list[str]:
-        cells = [self.what]
-        for item in fields(self)[1:-1]:
-            value, digits = getattr(self, item.name), item.metadata["digits"]
-            pair = value if isinstance(value, tuple) else (value,)
-            cells.append(" → ".join("–" if math.isnan(each) else _number(each, digits) for each in pair))
-        return [*cells, "–" if math.isnan(self.ms[0]) else f"{self.ms[0] / self.ms[1]:.2f}x", self.note]
-
-
-class Table:
-    """Rows as they are measured, so that a failure later loses none."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.rows: list[Row] = []
-
-    def __str__(self) -> str:
-        titles = ["diffusers → ours", *(item.metadata["title"] for item in fields(Row)[1:-1]), "speed-up", ""]
-        lines = [titles, ["---", *["---:"] * (len(titles) - 2), "---"], *(row.cells() for row in self.rows)]
-        return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", f"{self.footnote()}"])
-
-    def footnote(self) -> str:
-        on_gpu = self.bench.device.type == "cuda"
-        where = torch.cuda.get_device_name() if on_gpu else "REHEARSAL on a CPU with tiny networks: no result"
-        versions = (
-            f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, diffusers {diffusers.__version__},"
-            f" Python {platform.python_version()}"
-        )
-        return (
-            f"{datetime.now(UTC):%Y-%m-%d}, {where}, {versions}. Batch 1, published configurations with random weights,"
-            f" TF32 off. Medians of {self.bench.runs} calls of each side in turns, between CUDA events, behind two that"
-            " are not counted; a first call is one of a new model in a process that has used the GPU before. Peaks are"
-            " those of the allocator and count the weights of the half. The reference is diffusers in float64; the"
-            " distance is relative."
-        )
 
 
 # -------------------------------------------------------------------- on the GPU
@@ -159,21 +80,15 @@ ON_GPU = Bench(torch.device("cuda"))
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_tf32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    with without_tf32():
+        yield
 
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
-    """The table of this run, printed past pytest's capture when all rows are in."""
-    measured = Table(ON_GPU)
-    yield measured
-    if path := os.environ.get("PARITY_TABLE"):
-        Path(path).write_text(f"{measured}\n", encoding="utf-8")
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\n{measured}\n")
+    """The table of this run."""
+    with Table(ON_GPU, FOOTNOTE).published(request.config) as measured:
+        yield measured
 
 
 @pytest.mark.gpu
@@ -204,7 +119,7 @@ def test_a_large_picture_fits_the_budget_that_it_is_given(table: Table, directio
 def test_rehearsal_on_the_cpu() -> None:
     """Everything above, tiny and on the CPU, so that it works when a GPU is at hand."""
     bench = Bench(torch.device("cpu"), pixels=32, large=128, tile=64, small_tile=20, runs=1, widths=(32,) * 4)
-    rehearsed = Table(bench)
+    rehearsed = Table(bench, FOOTNOTE)
     cases: list[tuple[str, Direction, str]] = [
         ("SDXL", "decode", "fp32"),
         ("SDXL", "decode", "fp16"),
@@ -225,28 +140,22 @@ def test_rehearsal_on_the_cpu() -> None:
 
 
 def measure(bench: Bench, table: Table, name: str, direction: Direction, dtype: str) -> Row:
-    """Both sides on the same input: first calls, distance to float64, memory, then times in turns."""
+    """Both sides on the same input: first calls, memory and times, then the distance to float64."""
     wanted = DTYPES[dtype]
     ours, theirs = sides(bench, name, wanted)
     x = example(bench, name, direction, bench.pixels).to(bench.device, wanted)
-    warm_up(bench, wanted)
-    calls = [partial(run_theirs, theirs, direction, x), partial(run_ours, ours, direction, x)]
-    first = [bench.first_call(call) for call in calls]
-    distances = [relative_error(call(), reference(bench, name, direction)) for call in calls]
-    memory = [bench.memory(call, half_bytes(ours, direction) + nbytes(x)) for call in calls]
-    times = in_turns(bench, calls)
-    operations = tflop(bench, name, direction)
-    plan = plan_of(ours, direction, x)
-    row = Row(
-        what=f"{name} {direction} {bench.pixels}² {dtype}",
-        ms=(1000 * times[0], 1000 * times[1]),
-        tflops=(operations / times[0], operations / times[1]),
-        peak=(memory[0][0], memory[1][0]),
-        predicted=plan.peak_bytes / GIB,
-        reserved=(memory[0][1], memory[1][1]),
-        first=(first[0], first[1]),
-        distance=(distances[0], distances[1]),
+    calls = partial(run, theirs, direction, x), partial(run, ours, direction, x)
+    warm_up(bench.device, wanted)
+    row = compare(
+        bench,
+        f"{name} {direction} {bench.pixels}² {dtype}",
+        calls,
+        resident=resident_bytes(ours, direction, x),
+        operations=tflop(bench, name, direction),
+        predicted=plan_of(ours, direction, x).peak_bytes,
     )
+    theirs_apart, ours_apart = (relative_error(call(), reference(bench, name, direction)) for call in calls)
+    row = replace(row, distance=(theirs_apart, ours_apart))
     table.rows.append(row)
     return row
 
@@ -260,8 +169,8 @@ def check_tiled(bench: Bench, name: str, direction: Direction, dtype: torch.dtyp
     """Uneven tiles; the largest absolute difference."""
     ours, _ = sides(bench, name, dtype)
     x = example(bench, name, direction, bench.pixels).to(bench.device, dtype)
-    whole = run_ours(ours, direction, x)
-    tiled = run_ours(ours, direction, x, plan_of(ours, direction, x, tile=(bench.small_tile, bench.small_tile + 33)))
+    whole = run(ours, direction, x)
+    tiled = run(ours, direction, x, plan_of(ours, direction, x, tile=(bench.small_tile, bench.small_tile + 33)))
     assert float((tiled - whole).abs().max()) <= bound
 
 
@@ -271,26 +180,20 @@ def check_budget(bench: Bench, table: Table, name: str, direction: Direction) ->
     x = example(bench, name, direction, bench.large).to(bench.device, torch.bfloat16)
     budget = plan_of(ours, direction, x, tile=(bench.tile,) * 2).peak_bytes
     plans = [plan_of(ours, direction, x), plan_of(ours, direction, x, memory_budget=budget)]
-    calls = [partial(run_ours, ours, direction, x, plan) for plan in plans]
-    times = in_turns(bench, calls)
-    memory = [bench.memory(call, half_bytes(ours, direction) + nbytes(x)) for call in calls]
-    operations = tflop(bench, name, direction) * (bench.large / bench.pixels) ** 2
-    for plan, (peak, reserved), seconds in zip(plans, memory, times, strict=True):
-        row = Row(
-            what=f"{name} {direction} {bench.large}² bf16",
-            ms=(math.nan, 1000 * seconds),
-            tflops=(math.nan, operations / seconds),
-            peak=(math.nan, peak),
-            predicted=plan.peak_bytes / GIB,
-            reserved=(math.nan, reserved),
-            first=(math.nan, math.nan),
-            distance=(math.nan, math.nan),
+    for plan in plans:
+        row = alone(
+            bench,
+            f"{name} {direction} {bench.large}² bf16",
+            partial(run, ours, direction, x, plan),
+            resident=resident_bytes(ours, direction, x),
+            operations=tflop(bench, name, direction) * (bench.large / bench.pixels) ** 2,
+            predicted=plan.peak_bytes,
             note="whole" if plan.tile is None else f"exact tiles of {plan.tile[0]}, for {budget / GIB:.2f} GiB",
         )
         table.rows.append(row)
     assert plans[1].tile == (bench.tile,) * 2
     # What the allocator gave, workspaces of cuDNN included. Without a GPU there is nothing to compare.
-    assert not memory[1][0] > budget / GIB, f"{memory[1][0]:.2f} GiB, more than the budget of {budget / GIB:.2f}"
+    assert not row.peak[1] > budget / GIB, f"{row.peak[1]:.2f} GiB, more than the budget of {budget / GIB:.2f}"
 
 
 # -------------------------------------------------------------------- its parts
@@ -323,7 +226,7 @@ def reference(bench: Bench, name: str, direction: Direction) -> Tensor:
         _, theirs = sides(bench, name, dtype)
         x = example(bench, name, direction, bench.pixels).to(bench.device, dtype)
         with contextlib.suppress(torch.OutOfMemoryError):
-            return run_theirs(theirs, direction, x).cpu()
+            return run(theirs, direction, x).cpu()
     pytest.skip(f"this GPU has too little memory for diffusers' {direction} of {bench.pixels}² in float32")
 
 
@@ -334,7 +237,7 @@ def tflop(bench: Bench, name: str, direction: Direction) -> float:
         model = diffusers.AutoencoderKL(**bench.arch(name).to_dict())
     x = example(bench, name, direction, bench.pixels).to("meta")
     with FlopCounterMode(display=False) as counter:
-        run_theirs(model, direction, x)
+        run(model, direction, x)
     return float(counter.get_total_flops()) / 1e12
 
 
@@ -342,54 +245,3 @@ def example(bench: Bench, name: str, direction: Direction, pixels: int) -> Tenso
     if direction == "encode":
         return make_input("gpu", (1, 3, pixels, pixels), "image")
     return make_input("gpu", (1, bench.arch(name).latent_channels, pixels // 8, pixels // 8), "latent")
-
-
-@torch.no_grad()
-def run_ours(model: AutoencoderKL, direction: Direction, x: Tensor, plan: Plan | None = None) -> Tensor:
-    if direction == "encode":
-        return model.encode(x, plan=plan).latent_dist.parameters
-    return model.decode(x, plan=plan).sample
-
-
-@torch.no_grad()
-def run_theirs(model: Any, direction: Direction, x: Tensor) -> Tensor:
-    if direction == "encode":
-        return model.encode(x).latent_dist.parameters
-    return model.decode(x).sample
-
-
-def plan_of(model: AutoencoderKL, direction: Direction, x: Tensor, **options: Any) -> Plan:
-    return (model.plan_encode if direction == "encode" else model.plan_decode)(tuple(x.shape), **options)
-
-
-def in_turns(bench: Bench, calls: list[Callable[[], object]]) -> list[float]:
-    """Median seconds of each call, taken in turns, so that what the machine does in between falls on all of them."""
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(bench.runs + 2):
-        for index, call in enumerate(calls):
-            seconds = bench.seconds(call)
-            if turn >= 2:
-                times[index].append(seconds)
-    return [statistics.median(each) for each in times]
-
-
-def warm_up(bench: Bench, dtype: torch.dtype) -> None:
-    """Load the libraries of the device, so that no side pays for both in its first call."""
-    x = torch.ones(1, 64, 64, 64, device=bench.device, dtype=dtype)
-    y = torch.nn.functional.conv2d(x, x[:, :, :3, :3], padding=1)
-    tokens = x.flatten(2).transpose(1, 2)
-    torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).sum().item()
-    y.sum().item()
-
-
-def half_bytes(model: AutoencoderKL, direction: Direction) -> int:
-    modules = model.encoder_modules if direction == "encode" else model.decoder_modules
-    return sum(nbytes(each) for name in modules for each in getattr(model, name).parameters())
-
-
-def nbytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
-def _number(value: float, digits: int | None) -> str:
-    return f"{value:.1e}" if digits is None else f"{value:.{digits}f}"

@@ -7,17 +7,10 @@ same code runs on every machine as a rehearsal with tiny networks on the CPU, wh
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +20,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.graphs import Captured
-from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.testing import bench as benches
+from fastvideo_vae_core.testing.bench import (
+    GIB,
+    HOW,
+    Row,
+    Table,
+    alone,
+    compare,
+    plan_of,
+    resident_bytes,
+    run,
+    warm_up,
+    without_tf32,
+)
 from fastvideo_vae_core.testing.golden import fill, make_input
 from fastvideo_vae_core.testing.parity import relative_error
 from fastvideo_vae_core.testing.threads import single_thread
@@ -45,7 +52,6 @@ diffusers.logging.set_verbosity_error()
 
 ARCHS = {"Stable Audio": STABLE_AUDIO_OPEN, "ACE-Step": ACE_STEP}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GIB = 2**30
 
 # float32 without TF32 against float64: sums over a few thousand terms through some sixty layers.
 FP32_BOUND = 1e-5
@@ -54,7 +60,7 @@ SIXTEEN_BIT_SLACK = 1.05
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(benches.Bench):
     """Where things run, and how large they are.
 
     Attributes:
@@ -62,16 +68,13 @@ class Bench:
         short: length of a graph that is replayed: 5 s.
         long: length that is computed in pieces: ten minutes.
         exact: length that is compared with float64.
-        runs: timed calls of each side, behind two that are not.
         width: replaces the published ones in the rehearsal.
     """
 
-    device: torch.device
     latents: int = 1024
     short: int = 108
     long: int = 12_920
     exact: int = 256
-    runs: int = 9
     width: int | None = None
 
     def arch(self, name: str) -> OobleckArchConfig:
@@ -80,114 +83,27 @@ class Bench:
         narrow = {"encoder_hidden_size": 2 * self.width, "decoder_channels": self.width}
         return replace(ARCHS[name], **narrow, decoder_input_channels=self.width, channel_multiples=(1, 1, 2, 2, 2))
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Time of one call: on a GPU between CUDA events."""
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        run()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1000
-
-    def first_call(self, run: Callable[[], object]) -> float:
-        """Time of a call that finds no memory that another one has left."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self.seconds(run)
-
-    def memory(self, run: Callable[[], object], resident: int) -> tuple[float, float]:
-        """Peak of allocated and of reserved GiB in one call, with `resident` bytes of its own from before."""
-        if self.device.type != "cuda":
-            run()
-            return math.nan, math.nan
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        run()
-        torch.cuda.synchronize()
-        peaks = torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved
-        return (peaks[0] + resident) / GIB, (peaks[1] + resident) / GIB
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table; `theirs` is diffusers. Not a number: was not measured."""
-
-    what: str
-    ms: tuple[float, float] = field(metadata={"title": "ms", "digits": 1})
-    tflops: tuple[float, float] = field(metadata={"title": "TFLOP/s", "digits": 0})
-    peak: tuple[float, float] = field(metadata={"title": "peak GiB", "digits": 2})
-    predicted: float = field(metadata={"title": "predicted GiB", "digits": 2})
-    reserved: tuple[float, float] = field(metadata={"title": "reserved GiB", "digits": 2})
-    first: tuple[float, float] = field(metadata={"title": "first call s", "digits": 2})
-    distance: tuple[float, float] = field(metadata={"title": "distance to the reference", "digits": None})
-    note: str = ""
-
-    def cells(self) -> list[str]:
-        cells = [self.what]
-        for item in fields(self)[1:-1]:
-            value, digits = getattr(self, item.name), item.metadata["digits"]
-            pair = value if isinstance(value, tuple) else (value,)
-            cells.append(" → ".join("–" if math.isnan(each) else _number(each, digits) for each in pair))
-        return [*cells, "–" if math.isnan(self.ms[0]) else f"{self.ms[0] / self.ms[1]:.2f}x", self.note]
-
-
-class Table:
-    """Rows as they are measured, so that a failure later loses none."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.rows: list[Row] = []
-
-    def __str__(self) -> str:
-        titles = ["diffusers → ours", *(item.metadata["title"] for item in fields(Row)[1:-1]), "speed-up", ""]
-        lines = [titles, ["---", *["---:"] * (len(titles) - 2), "---"], *(row.cells() for row in self.rows)]
-        return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", f"{self.footnote()}"])
-
-    def footnote(self) -> str:
-        on_gpu = self.bench.device.type == "cuda"
-        where = torch.cuda.get_device_name() if on_gpu else "REHEARSAL on a CPU with tiny networks: no result"
-        versions = (
-            f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, diffusers {diffusers.__version__},"
-            f" Python {platform.python_version()}"
-        )
-        return (
-            f"{datetime.now(UTC):%Y-%m-%d}, {where}, {versions}. Batch 1, published configurations with random weights,"
-            f" TF32 off. Medians of {self.bench.runs} calls of each side in turns, between CUDA events, behind two that"
-            " are not counted; a first call is one of a new model in a process that has used the GPU before. Peaks are"
-            " those of the allocator and count the weights of the half. The reference is diffusers in float64 at a"
-            f" length of {self.bench.exact} latents; the distance is relative."
-        )
-
 
 # -------------------------------------------------------------------- on the GPU
 
 ON_GPU = Bench(torch.device("cuda"))
+FOOTNOTE = (
+    f"{HOW} The reference of the distance, which is relative, is diffusers in float64 at a length of {ON_GPU.exact}"
+    " latents."
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_tf32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    with without_tf32():
+        yield
 
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
-    """The table of this run, printed past pytest's capture when all rows are in."""
-    measured = Table(ON_GPU)
-    yield measured
-    if path := os.environ.get("PARITY_TABLE"):
-        Path(path).write_text(f"{measured}\n", encoding="utf-8")
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\n{measured}\n")
+    """The table of this run."""
+    with Table(ON_GPU, FOOTNOTE).published(request.config) as measured:
+        yield measured
 
 
 CASES = [("Stable Audio", "fp16"), ("Stable Audio", "bf16"), ("Stable Audio", "fp32"), ("ACE-Step", "fp16")]
@@ -225,7 +141,7 @@ def test_long_audio_fits_the_budget_that_it_is_given(table: Table, direction: Di
 def test_rehearsal_on_the_cpu() -> None:
     """Everything above, tiny and on the CPU, so that it works when a GPU is at hand. Graphs need the GPU itself."""
     bench = Bench(torch.device("cpu"), latents=3, short=2, long=1100, exact=3, runs=1, width=1)
-    rehearsed = Table(bench)
+    rehearsed = Table(bench, FOOTNOTE)
     cases: list[tuple[str, Direction, str]] = [
         ("Stable Audio", "decode", "fp32"),
         ("Stable Audio", "encode", "bf16"),
@@ -248,30 +164,24 @@ def test_rehearsal_on_the_cpu() -> None:
 
 
 def measure(bench: Bench, table: Table, name: str, direction: Direction, dtype: str) -> Row:
-    """Both sides on the same input: first calls, memory, then times in turns; and, on a shorter one, the distance."""
+    """Both sides on the same input: first calls, memory and times; and, on a shorter one, the distance to float64."""
     wanted = DTYPES[dtype]
     ours, theirs = sides(bench, name, wanted)
     x = example(bench, name, direction, bench.latents).to(bench.device, wanted)
-    warm_up(bench, wanted)
-    calls = [partial(run_theirs, theirs, direction, x), partial(run_ours, ours, direction, x)]
-    first = [bench.first_call(call) for call in calls]
-    memory = [bench.memory(call, half_bytes(ours, direction) + nbytes(x)) for call in calls]
-    times = in_turns(bench, calls)
-    operations = tflop(bench, name, direction)
-    plan = plan_of(ours, direction, x)
-    short = example(bench, name, direction, bench.exact).to(bench.device, wanted)
-    made = [run_theirs(theirs, direction, short), run_ours(ours, direction, short)]
-    distances = [relative_error(each, reference(bench, name, direction)) for each in made]
-    row = Row(
-        what=f"{name} {direction} {seconds_of(bench, name, bench.latents)} {dtype}",
-        ms=(1000 * times[0], 1000 * times[1]),
-        tflops=(operations / times[0], operations / times[1]),
-        peak=(memory[0][0], memory[1][0]),
-        predicted=plan.peak_bytes / GIB,
-        reserved=(memory[0][1], memory[1][1]),
-        first=(first[0], first[1]),
-        distance=(distances[0], distances[1]),
+    warm_up(bench.device, wanted)
+    row = compare(
+        bench,
+        f"{name} {direction} {seconds_of(bench, name, bench.latents)} {dtype}",
+        (partial(run, theirs, direction, x), partial(run, ours, direction, x)),
+        resident=resident_bytes(ours, direction, x),
+        operations=tflop(bench, name, direction),
+        predicted=plan_of(ours, direction, x).peak_bytes,
     )
+    short, exact = example(bench, name, direction, bench.exact), reference(bench, name, direction)
+    theirs_apart, ours_apart = (
+        relative_error(run(side, direction, short.to(bench.device, wanted)), exact) for side in (theirs, ours)
+    )
+    row = replace(row, distance=(theirs_apart, ours_apart))
     table.rows.append(row)
     return row
 
@@ -285,9 +195,9 @@ def check_pieces(bench: Bench, direction: Direction, dtype: torch.dtype, bound: 
     """Pieces of uneven lengths in one call, and a stream of chunks; the largest absolute difference."""
     ours, _ = sides(bench, "Stable Audio", dtype)
     x = example(bench, "Stable Audio", direction, bench.exact).to(bench.device, dtype)
-    whole = run_ours(ours, direction, x)
+    whole = run(ours, direction, x)
     tile = 17 * ours.hop_length + 5
-    pieces = run_ours(ours, direction, x, plan_of(ours, direction, x, tile=(tile,)))
+    pieces = run(ours, direction, x, plan_of(ours, direction, x, tile=(tile,)))
     with torch.no_grad():
         chunks = x.split(x.shape[2] // 5 + 3, 2)
         if direction == "decode":
@@ -310,19 +220,13 @@ def check_graph(bench: Bench, table: Table, direction: Direction) -> None:
             return made.sample if direction == "decode" else made.latent_dist.parameters
 
         for each in (x, x.flip(2)):
-            assert torch.equal(replay(each), run_ours(ours, direction, each))
-        plain = partial(run_ours, ours, direction, x)
-        times = in_turns(bench, [partial(run_theirs, theirs, direction, x), replay, plain])
+            assert torch.equal(replay(each), run(ours, direction, each))
+        times = bench.in_turns([partial(run, theirs, direction, x), replay, partial(run, ours, direction, x)])
         operations = tflop(bench, "Stable Audio", direction) * latents / bench.latents
         row = Row(
             what=f"Stable Audio {direction} {seconds_of(bench, 'Stable Audio', latents)} fp16",
             ms=(1000 * times[0], 1000 * times[1]),
             tflops=(operations / times[0], operations / times[1]),
-            peak=(math.nan, math.nan),
-            predicted=math.nan,
-            reserved=(math.nan, math.nan),
-            first=(math.nan, math.nan),
-            distance=(math.nan, math.nan),
             note=f"as a CUDA graph; {1000 * times[2]:.1f} ms without",
         )
         table.rows.append(row)
@@ -335,29 +239,23 @@ def check_budget(bench: Bench, table: Table, direction: Direction) -> None:
     tile = 64 * ours.hop_length
     budget = plan_of(ours, direction, x, tile=(tile,)).peak_bytes
     plans = [plan_of(ours, direction, x), plan_of(ours, direction, x, memory_budget=budget)]
-    calls = [partial(run_ours, ours, direction, x, plan) for plan in plans]
-    times = in_turns(replace(bench, runs=3), calls)
-    memory = [bench.memory(call, half_bytes(ours, direction) + nbytes(x)) for call in calls]
-    operations = tflop(bench, "Stable Audio", direction) * bench.long / bench.latents
-    for plan, (peak, reserved), seconds in zip(plans, memory, times, strict=True):
+    for plan in plans:
         assert plan.tile is not None
-        pieces = plan.tile[0] // ours.hop_length
-        row = Row(
-            what=f"Stable Audio {direction} {seconds_of(bench, 'Stable Audio', bench.long)} fp16",
-            ms=(math.nan, 1000 * seconds),
-            tflops=(math.nan, operations / seconds),
-            peak=(math.nan, peak),
-            predicted=plan.peak_bytes / GIB,
-            reserved=(math.nan, reserved),
-            first=(math.nan, math.nan),
-            distance=(math.nan, math.nan),
-            note=f"exact pieces of {pieces} latents",
+        row = alone(
+            bench,
+            f"Stable Audio {direction} {seconds_of(bench, 'Stable Audio', bench.long)} fp16",
+            partial(run, ours, direction, x, plan),
+            resident=resident_bytes(ours, direction, x),
+            operations=tflop(bench, "Stable Audio", direction) * bench.long / bench.latents,
+            predicted=plan.peak_bytes,
+            runs=3,
+            note=f"exact pieces of {plan.tile[0] // ours.hop_length} latents",
         )
         table.rows.append(row)
     assert plans[1].tile is not None
     assert plans[1].tile >= (tile,)
     # What the allocator gave, workspaces of cuDNN included. Without a GPU there is nothing to compare.
-    assert not memory[1][0] > budget / GIB, f"{memory[1][0]:.2f} GiB, more than the budget of {budget / GIB:.2f}"
+    assert not row.peak[1] > budget / GIB, f"{row.peak[1]:.2f} GiB, more than the budget of {budget / GIB:.2f}"
 
 
 # -------------------------------------------------------------------- its parts
@@ -397,7 +295,7 @@ def reference(bench: Bench, name: str, direction: Direction) -> Tensor:
         _, theirs = sides(bench, name, dtype)
         x = example(bench, name, direction, bench.exact).to(bench.device, dtype)
         with contextlib.suppress(torch.OutOfMemoryError):
-            return run_theirs(theirs, direction, x).cpu()
+            return run(theirs, direction, x).cpu()
     pytest.skip(f"this GPU has too little memory for diffusers' {direction} of {bench.exact} latents in float32")
 
 
@@ -421,55 +319,3 @@ def example(bench: Bench, name: str, direction: Direction, latents: int) -> Tens
 
 def seconds_of(bench: Bench, name: str, latents: int) -> str:
     return f"{latents * bench.arch(name).hop_length / bench.arch(name).sampling_rate:.1f} s"
-
-
-@torch.no_grad()
-def run_ours(model: AutoencoderOobleck, direction: Direction, x: Tensor, plan: Plan | None = None) -> Tensor:
-    if direction == "encode":
-        return model.encode(x, plan=plan).latent_dist.parameters
-    return model.decode(x, plan=plan).sample
-
-
-@torch.no_grad()
-def run_theirs(model: Any, direction: Direction, x: Tensor) -> Tensor:
-    if direction == "encode":
-        return model.encode(x).latent_dist.parameters
-    return model.decode(x).sample
-
-
-def plan_of(model: AutoencoderOobleck, direction: Direction, x: Tensor, **options: Any) -> Plan:
-    return (model.plan_encode if direction == "encode" else model.plan_decode)(tuple(x.shape), **options)
-
-
-def in_turns(bench: Bench, calls: list[Callable[[], object]]) -> list[float]:
-    """Median seconds of each call, taken in turns, so that what the machine does in between falls on all of them."""
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(bench.runs + 2):
-        for index, call in enumerate(calls):
-            seconds = bench.seconds(call)
-            if turn >= 2:
-                times[index].append(seconds)
-    return [statistics.median(each) for each in times]
-
-
-def warm_up(bench: Bench, dtype: torch.dtype) -> None:
-    """Load the libraries of the device, so that no side pays for both in its first call."""
-    x = torch.ones(1, 64, 4096, device=bench.device, dtype=dtype)
-    for y in (
-        torch.nn.functional.conv1d(x, x[:, :, :7].expand(64, -1, -1)),
-        torch.nn.functional.conv2d(x[:, :, None], x[:, :, None, :7].expand(64, -1, -1, -1)),
-    ):
-        y.sum().item()
-
-
-def half_bytes(model: AutoencoderOobleck, direction: Direction) -> int:
-    modules = model.encoder_modules if direction == "encode" else model.decoder_modules
-    return sum(nbytes(each) for name in modules for each in getattr(model, name).parameters())
-
-
-def nbytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
-def _number(value: float, digits: int | None) -> str:
-    return f"{value:.1e}" if digits is None else f"{value:.{digits}f}"
