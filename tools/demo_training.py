@@ -1,0 +1,165 @@
+"""What the training of every miniature shares: a log, a schedule by the clock, the steps, and the files at the end."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+LARGEST_WEIGHTS_BYTES = 2_980_000
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How a miniature learns.
+
+    Attributes:
+        warm_up: share of the time in which the learning rate rises, before it falls along a cosine.
+        averaging: how much of the moving average of the weights stays at each step.
+    """
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-3
+    warm_up: float = 0.03
+    largest_gradient: float = 1.0
+    averaging: float = 0.999
+
+
+class Log:
+    """Lines on the screen and in a file, each with the seconds since the start."""
+
+    def __init__(self, path: Path, started: float) -> None:
+        self.path, self.started = path, started
+        path.write_text("")
+
+    def __call__(self, text: str) -> None:
+        line = f"[{time.monotonic() - self.started:6.1f} s] {text}"
+        print(line, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class Trainer(Generic[M]):
+    """AdamW until a deadline, on a schedule by the clock, with a moving average of the weights.
+
+    Attributes:
+        averaged: the model with the averaged weights, which is the result.
+        steps, passed: how many there were, and the share of the time that is over.
+    """
+
+    def __init__(self, model: M, how: Optimisation, deadline: float) -> None:
+        self.how, self.deadline, self.begun = how, deadline, time.monotonic()
+        self.parameters: list[Tensor] = list(model.parameters())
+        self.averaged = copy.deepcopy(model).requires_grad_(False)
+        self.averages: list[Tensor] = list(self.averaged.parameters())
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), betas=how.betas, weight_decay=how.weight_decay, fused=self.parameters[0].is_cuda
+        )
+        self.steps, self.passed = 0, 0.0
+
+    def step(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.how.learning_rate * schedule(self.passed, self.how.warm_up)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.how.largest_gradient)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        stays = min(self.how.averaging, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - stays)
+        self.passed = (time.monotonic() - self.begun) / (self.deadline - self.begun)
+
+
+class Progress:
+    """A line of the log every few steps; it waits for the device, so that its clock and ours do not drift apart.
+
+    `tell` makes the line from the means of what was measured since the last one, and from the steps per second.
+    """
+
+    def __init__(self, tell: Callable[[Sequence[float], float], str], log: Log, *, every: int) -> None:
+        self.tell, self.log, self.every = tell, log, every
+        self.since, self.rows = time.monotonic(), list[Tensor]()
+
+    def __call__(self, measured: Tensor, trainer: Trainer[Any]) -> None:
+        """`measured` holds a number, or several in a row."""
+        self.rows.append(measured.detach().reshape(-1))
+        if len(self.rows) < self.every:
+            return
+        means = torch.stack(self.rows).mean(0).tolist()
+        if not all(math.isfinite(mean) for mean in means):
+            sys.exit(f"the loss is no longer finite at step {trainer.steps}; lower the learning rate")
+        now = time.monotonic()
+        told = self.tell(means, self.every / (now - self.since))
+        self.log(f"step {trainer.steps}, {trainer.passed:.0%} of the time, {told}")
+        self.since = now
+        self.rows.clear()
+
+
+def schedule(passed: float, warm_up: float) -> float:
+    """Share of the highest learning rate after a share of the time.
+
+    >>> [round(schedule(passed, 0.1), 3) for passed in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if passed < warm_up:
+        return passed / warm_up
+    return (1 + math.cos(math.pi * min(1.0, (passed - warm_up) / (1 - warm_up)))) / 2
+
+
+def compiled_or_plain(
+    objective: Callable[..., tuple[Tensor, Tensor]], examples: Mapping[str, tuple[Any, ...]], model: nn.Module, log: Log
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The objective compiled for every example of its arguments, if it compiles and agrees with the plain one.
+
+    It is several times as fast, and training goes on without it whatever the compiler meets on a machine.
+    """
+    try:
+        compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(objective, dynamic=False)
+        for name, arguments in examples.items():
+            for _ in range(2):
+                loss, _ = compiled(*arguments)
+                loss.backward()
+            ratio = float(loss.detach() / objective(*arguments)[0].detach())
+            if not abs(ratio - 1) < 0.02:
+                raise RuntimeError(f"compiled, the loss is {ratio} of what it is without")
+            log(f"compiled for {name}")
+    except Exception as error:
+        log(f"training without torch.compile: {error!r}"[:2000])
+        return objective
+    finally:
+        model.zero_grad()
+    return compiled
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many there are; the end, where they are more than a package may carry."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if 2 * parameters > LARGEST_WEIGHTS_BYTES:
+        sys.exit(f"{parameters} parameters are {2 * parameters} bytes in float16, more than {LARGEST_WEIGHTS_BYTES}")
+    return parameters
+
+
+def write_checkpoint(folder: Path, class_name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write weights and configuration as diffusers names and lays them out."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        sys.exit("a weight is not finite in the type in which it is stored")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    # safetensors writes files that only their owner may read.
+    weights.chmod(0o644)
+    stated = {"_class_name": class_name, "_diffusers_version": "0.39.0"}
+    stated |= {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
