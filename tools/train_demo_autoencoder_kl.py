@@ -120,7 +120,9 @@ SMALL = Recipe(
     kl=1e-6,
     learning_rate=2e-3,
 )
-RECIPES = {"large": Recipe(), "small": SMALL}
+# More of the same for weights that are trained already; the squared error alone counts.
+POLISH = Recipe(stages=(Stage(until=0.7, side=160, batch=16), Stage(until=1.0, side=320, batch=4)), learning_rate=1e-3)
+RECIPES = {"large": Recipe(), "polish": POLISH, "small": SMALL}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -134,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.output,
             options.minutes,
             options.device,
+            options.start,
             compiled=options.compile,
         )
 
@@ -150,20 +153,30 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     training.add_argument("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
     training.add_argument("--recipe", choices=sorted(RECIPES), default="large", help="large wants a GPU")
+    training.add_argument("--start", type=Path, help="the output of another run, whose weights to go on from")
     return parser
 
 
 # ---------------------------------------------------------------- train
 
 
-def train(recipe: Recipe, photographs: Path, output: Path, minutes: float, device: str, *, compiled: bool) -> None:
+def train(
+    recipe: Recipe,
+    photographs: Path,
+    output: Path,
+    minutes: float,
+    device: str,
+    start: Path | None = None,
+    *,
+    compiled: bool,
+) -> None:
     """Train until the time is nearly over, then write the demo folder from what the files themselves give back."""
     started = time.monotonic()
     (output / "demo").mkdir(parents=True, exist_ok=True)
     log = Log(output / "log.txt", started)
     torch.manual_seed(recipe.seed)
     torch.backends.cudnn.benchmark = True
-    model = initialised(recipe.arch).to(device)
+    model = (initialised(recipe.arch) if start is None else load_saved(start / "demo").requires_grad_()).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log(f"{recipe}\n{parameters} parameters, torch {torch.__version__}, {device}")
     if 2 * parameters > LARGEST_WEIGHTS_BYTES:
@@ -189,6 +202,9 @@ def train(recipe: Recipe, photographs: Path, output: Path, minutes: float, devic
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     batches = ", then ".join(f"{stage.batch} crops of {stage.side}² pixels" for stage in recipe.stages)
     run = f"{steps} steps of {batches} in {minutes:g} minutes, on one {where}"
+    if start is not None:
+        run = f"{(start / 'run.txt').read_text(encoding='utf-8')}; then {run}"
+    (output / "run.txt").write_text(run, encoding="utf-8")
     (output / "demo" / "README.md").write_text(readme(recipe, run, table, sources(photographs)), encoding="utf-8")
     log("done")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvideo_vae_core.ops.conv1d import Sum, conv1d, needs, upsample1d
+from fastvideo_vae_core.ops.conv1d import Sum, _gathered, arrange, conv1d, needs, upsample1d
 from fastvideo_vae_core.ops.snake import Snake, snake, snake_pointwise
 from fastvideo_vae_core.testing.interpreter import interpreted
 from fastvideo_vae_core.testing.parity import relative_error
@@ -37,7 +37,8 @@ with torch.no_grad():
             bias = torch.randn(shape[1]).to(dtype)
             alpha, beta = torch.randn(2, 1, shape[1], 1).mul(0.5).to(dtype)
             for with_branch, with_bias, keep in itertools.product((False, True), repeat=3):
-                parts = Sum(x, branch if with_branch else None, bias if with_bias else None)
+                # A sum that is kept takes the place of its first part.
+                parts = Sum(x.clone(), branch if with_branch else None, bias if with_bias else None)
                 total, y = snake_of_sum(parts, alpha, beta, keep)
                 exact = x.double() + with_branch * branch.double() + with_bias * bias.double()[:, None]
                 if keep:
@@ -64,6 +65,13 @@ with torch.no_grad():
         errors[f"pointwise {channels}"] = error(y, skip + F.conv1d(act, conv.weight.double(), conv.bias.double()))
 print(json.dumps(errors))
 """
+
+
+def test_a_product_over_gathered_inputs_is_the_convolution() -> None:
+    for samples, dilation, padding, kernel, stride in ((50, 9, 27, 7, 1), (53, 3, 9, 7, 1), (60, 1, 2, 4, 2)):
+        conv = nn.Conv1d(8, 6, kernel, stride, padding, dilation, bias=False, dtype=torch.float64)
+        x = arrange(torch.randn(2, 8, samples, dtype=torch.float64))
+        assert relative_error(_gathered(x, conv), conv(x)) <= 1e-15
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class Moments(NamedTuple):
     """First two moments of a set of numbers: how many, their mean (B, G), and the sum of squared distances from it.
 
-    Means and sums are float64, so that merging any number of tiles in any order loses nothing that float32 keeps.
+    They are merged in float64, so that any number of tiles in any order loses nothing that float32 keeps.
     """
 
     size: int
@@ -25,12 +25,13 @@ class Moments(NamedTuple):
     def of(cls, x: Tensor, groups: int) -> Moments:
         """Moments of x (B, C, ...) in `groups` groups of neighbouring channels."""
         grouped = x.reshape(x.shape[0], groups, -1)
-        # Two passes: the spread is taken around the tile's own mean, never as a difference of large squares.
-        mean = grouped.mean(-1, dtype=torch.float64)
-        centred = grouped.to(torch.promote_types(x.dtype, torch.float32)) - mean[..., None].to(
-            torch.promote_types(x.dtype, torch.float32)
-        )
-        return cls(grouped.shape[-1], mean, centred.square().sum(-1, dtype=torch.float64))
+        wide = grouped.to(torch.promote_types(x.dtype, torch.float32))
+        # Around the tile's own mean, never as a difference of large squares; what float32 rounds off that mean is put
+        # back afterwards. Sums in float64 would need a copy of the grid in float64.
+        rough = wide.mean(-1)
+        variance, rest = torch.var_mean(wide - rough[..., None], -1, correction=0)
+        size = grouped.shape[-1]
+        return cls(size, rough.double() + rest.double(), variance.double() * size)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets together (Chan, Golub and LeVeque 1979)."""

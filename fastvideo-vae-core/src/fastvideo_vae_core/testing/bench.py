@@ -34,7 +34,7 @@ class Bench:
     """Where things run, and how often.
 
     Attributes:
-        runs: timed calls of each side, behind two that are not.
+        runs: timed calls of each side, behind at least two that are not.
     """
 
     device: torch.device
@@ -67,11 +67,9 @@ class Bench:
     def in_turns(self, calls: Sequence[Callable[[], object]], runs: int | None = None) -> list[float]:
         """Median seconds of each call, taken in turns, so that what the machine does in between falls on all."""
         times: list[list[float]] = [[] for _ in calls]
-        for turn in range((runs or self.runs) + 2):
-            for index, call in enumerate(calls):
-                seconds = self.seconds(call)
-                if turn >= 2:
-                    times[index].append(seconds)
+        for _ in range(runs or self.runs):
+            for call, found in zip(calls, times, strict=True):
+                found.append(self.seconds(call))
         return [statistics.median(each) for each in times]
 
     def memory(self, run: Callable[[], object], resident: int) -> tuple[float, float]:
@@ -146,8 +144,8 @@ class Table:
 
 HOW = (
     "Published configurations with random weights, batch 1, TF32 off. Medians of calls of each side in turns, between"
-    " CUDA events, behind two that are not counted; a first call is one of a new model in a process that has used the"
-    " GPU before. Peaks are those of the allocator and count the weights of the half."
+    " CUDA events, behind at least two that are not counted; a first call is one of a new model in a process that has"
+    " used the GPU before. Peaks are those of the allocator and count the weights of the half."
 )
 
 
@@ -194,8 +192,9 @@ def alone(
     runs: int | None = None,
 ) -> Row:
     """Time and memory of our side only; see `compare`."""
-    (seconds,) = bench.in_turns([call], runs)
+    bench.seconds(call)
     peak, reserved = bench.memory(call, resident)
+    (seconds,) = bench.in_turns([call], runs)
     return Row(
         what=what,
         ms=(_NAN, 1000 * seconds),

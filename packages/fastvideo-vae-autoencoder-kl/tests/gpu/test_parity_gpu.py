@@ -166,12 +166,15 @@ def check_accuracy(row: Row, dtype: str) -> None:
 
 
 def check_tiled(bench: Bench, name: str, direction: Direction, dtype: torch.dtype, bound: float) -> None:
-    """Uneven tiles; the largest absolute difference."""
+    """Uneven tiles; the largest absolute difference, in units of the largest number if that is more than 1.
+
+    Log variances reach 4, and on a GPU the whole picture's own are 1.3e-5 from float64.
+    """
     ours, _ = sides(bench, name, dtype)
     x = example(bench, name, direction, bench.pixels).to(bench.device, dtype)
     whole = run(ours, direction, x)
     tiled = run(ours, direction, x, plan_of(ours, direction, x, tile=(bench.small_tile, bench.small_tile + 33)))
-    assert float((tiled - whole).abs().max()) <= bound
+    assert float((tiled - whole).abs().max()) <= bound * max(1.0, float(whole.abs().max()))
 
 
 def check_budget(bench: Bench, table: Table, name: str, direction: Direction) -> None:

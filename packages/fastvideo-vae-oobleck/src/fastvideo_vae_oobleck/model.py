@@ -211,20 +211,28 @@ class Half(nn.Module):
                 x = self._in_cache(stage, x)
             return x
         y = Sum(arrange(x))
+        # Part by part, so that nothing holds a part's input any longer.
         for stage in range(len(self.block)):
-            y = self._stage(stage, y)
+            for part in self._parts(stage):
+                y = part(y)
         return y.value().contiguous()
 
     def axis(self) -> Axis:
         """How the result depends on the input: the reach of all layers together."""
         return _reach(self._needs, [block.axis for block in self.block])
 
-    def _stage(self, index: int, x: Sum) -> Sum:
+    def _parts(self, index: int) -> Iterator[Callable[[Sum], Sum]]:
         """A block, behind the first convolution if it is the first, and before the last one if it is the last."""
         if index == 0:
-            x = conv1d(x.value(), self.conv1)
-        x = self.block[index](x)
-        return conv1d(self.snake1(x), self.conv2) if index == len(self.block) - 1 else x
+            yield lambda x: conv1d(x.value(), self.conv1)
+        yield from self.block[index].parts()
+        if index == len(self.block) - 1:
+            yield lambda x: conv1d(self.snake1(x), self.conv2)
+
+    def _stage(self, index: int, x: Sum) -> Sum:
+        for part in self._parts(index):
+            x = part(x)
+        return x
 
     def _in_cache(self, index: int, x: Tensor) -> Tensor:
         """A stage in pieces that stay in the cache of a CPU, where large tensors cost more than arithmetic."""
@@ -303,9 +311,9 @@ class EncoderBlock(nn.Module):
         self.snake1 = Snake(before)
         self.conv1 = nn.Conv1d(before, after, 2 * stride, stride, math.ceil(stride / 2))
 
-    def forward(self, x: Sum) -> Sum:
-        x = self.res_unit3(self.res_unit2(self.res_unit1(x)))
-        return conv1d(self.snake1(x), self.conv1)
+    def parts(self) -> Sequence[Callable[[Sum], Sum]]:
+        """What the block does, in order."""
+        return self.res_unit1, self.res_unit2, self.res_unit3, lambda x: conv1d(self.snake1(x), self.conv1)
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         first, last = needs(self.conv1, first, last)
@@ -327,9 +335,9 @@ class DecoderBlock(nn.Module):
         self.res_unit2 = ResidualUnit(after, dilation=3)
         self.res_unit3 = ResidualUnit(after, dilation=9)
 
-    def forward(self, x: Sum) -> Sum:
-        y = upsample1d(self.snake1(x), self.conv_t1)
-        return self.res_unit3(self.res_unit2(self.res_unit1(y)))
+    def parts(self) -> Sequence[Callable[[Sum], Sum]]:
+        """What the block does, in order."""
+        return lambda x: upsample1d(self.snake1(x), self.conv_t1), self.res_unit1, self.res_unit2, self.res_unit3
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         for unit in (self.res_unit3, self.res_unit2, self.res_unit1):
@@ -349,7 +357,9 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Sum) -> Sum:
         skip, y = self.snake1.fork(x)
-        return snake_pointwise(conv1d(y, self.conv1), self.snake2, self.conv2, skip)
+        made = conv1d(y, self.conv1)
+        del y
+        return snake_pointwise(made, self.snake2, self.conv2, skip)
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         return needs(self.conv1, first, last)

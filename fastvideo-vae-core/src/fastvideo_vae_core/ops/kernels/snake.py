@@ -19,12 +19,16 @@ _POINTWISE = {64: (128, 64), 128: (128, 64), 256: (128, 32)}
 
 
 def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """The sum where it is to be kept, and Snake of it, each dense in the layout of x: plain or channels-last."""
+    """The sum where it is to be kept, and Snake of it, each dense in the layout of x: plain or channels-last.
+
+    The sum takes the place of `x.x` if that is dense.
+    """
     last = x.x.stride(1) == 1
     # In memory: rows of samples with channels beside each other, or rows of channels.
     main, branch = (_rows(each, last) for each in (x.x, x.branch))
     assert main is not None
-    total, out = (torch.empty(main.shape, dtype=main.dtype, device=main.device) for _ in range(2))
+    out = torch.empty(main.shape, dtype=main.dtype, device=main.device)
+    total = out if not keep else (main if main.is_contiguous() else torch.empty_like(out))
     batch, rows, columns = main.shape
     block = min(triton.next_power_of_2(columns), 128 if last else 1024)
     tile = max(_TILE // block, 1)
