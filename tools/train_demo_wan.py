@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,17 @@ from torch import Tensor, nn
 import demo_clips
 import demo_photographs
 from demo_clips import SHIPPED
-from demo_training import Log, Optimisation, Progress, Trainer, compiled_or_plain, parameter_count, write_checkpoint
+from demo_training import (
+    Log,
+    Objective,
+    Optimisation,
+    Progress,
+    Trainer,
+    compiled_or_plain,
+    parameter_count,
+    psnr_and_speed,
+    write_checkpoint,
+)
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.media.images import from_uint8
@@ -362,7 +371,7 @@ def fit(
     """Train until the deadline, and give the moving average of the weights."""
     kl = torch.tensor(recipe.kl, device=model.device)
     weights = [torch.tensor([stage.l1, stage.gradient], device=model.device) for stage in recipe.stages]
-    compute: Callable[..., tuple[Tensor, Tensor]] = objective
+    compute: Objective = objective
     if compiled:
         examples = {
             f"{stage.frames} frames of {stage.side}²": (model, material.draw(stage), weight, kl)
@@ -381,9 +390,8 @@ def fit(
 
 def told_of(stage: Stage) -> Callable[[Sequence[float], float], str]:
     def tell(means: Sequence[float], steps_per_second: float) -> str:
-        megapixels = steps_per_second * stage.batch * stage.frames * stage.side**2 / 1e6
-        # Samples span 2, from -1 to 1.
-        return f"training PSNR {10 * math.log10(4 / means[0]):.2f} dB, {megapixels:.2f} Mpixel/s"
+        pixels = stage.batch * stage.frames * stage.side**2
+        return f"training {psnr_and_speed(means[0], steps_per_second * pixels)}"
 
     return tell
 
