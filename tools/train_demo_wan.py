@@ -457,7 +457,10 @@ def through(model: AutoencoderKLWan, x_BCTHW: Tensor) -> Tensor:
 def save(model: AutoencoderKLWan, arch: WanArchConfig, folder: Path) -> None:
     """Write the weights in float16, and the configuration."""
     tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    write_checkpoint(folder, "AutoencoderKLWan", tensors, arch.to_dict())
+    config = arch.to_dict()
+    for ours_alone in ("scaling_factor", "clip_output"):
+        config.pop(ours_alone)
+    write_checkpoint(folder, "AutoencoderKLWan", tensors, config)
 
 
 def load_saved(folder: Path) -> AutoencoderKLWan:
