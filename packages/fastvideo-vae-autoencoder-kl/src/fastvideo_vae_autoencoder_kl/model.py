@@ -20,6 +20,7 @@ from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.attention import GridAttention
 from fastvideo_vae_core.ops.modules import Modules
+from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.norm import Moments, group_norm_act
 from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -289,10 +290,11 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.nearest = Nearest()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(self.nearest(x))
 
     def step(self, name: str) -> Step:
         axes = (Axis(up=2, before=1, after=1),) * 2

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastvideo_vae_core.errors import ConfigError
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, rows_of, stack, unstack
 from fastvideo_vae_core.ops.modules import Modules
+from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.rms_norm import RMSNorm
 from fastvideo_vae_wan.config import WanArchConfig
 
@@ -236,8 +237,7 @@ class Upsample2d(nn.Module):
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        # Nearest copies numbers, so it needs no wider type.
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(before, after, 3, padding=1))
+        self.resample = nn.Sequential(Nearest(), nn.Conv2d(before, after, 3, padding=1))
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         frames = rows_of(x)
