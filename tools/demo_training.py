@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+# A little less than the three megabytes that a package may carry.
 LARGEST_WEIGHTS_BYTES = 2_980_000
 
 M = TypeVar("M", bound=nn.Module)
+# From the model, a batch and weights to the loss and to what the log is told.
+Objective = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +122,20 @@ def schedule(passed: float, warm_up: float) -> float:
     return (1 + math.cos(math.pi * min(1.0, (passed - warm_up) / (1 - warm_up)))) / 2
 
 
+def psnr_and_speed(squared: float, pixels_per_second: float) -> str:
+    """For the log: what a mean squared error of samples in [-1, 1] is, and how fast training goes."""
+    return f"PSNR {10 * math.log10(4 / squared):.2f} dB, {pixels_per_second / 1e6:.2f} Mpixel/s"
+
+
 def compiled_or_plain(
-    objective: Callable[..., tuple[Tensor, Tensor]], examples: Mapping[str, tuple[Any, ...]], model: nn.Module, log: Log
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    objective: Objective, examples: Mapping[str, tuple[Any, ...]], model: nn.Module, log: Log
+) -> Objective:
     """The objective compiled for every example of its arguments, if it compiles and agrees with the plain one.
 
     It is several times as fast, and training goes on without it whatever the compiler meets on a machine.
     """
     try:
-        compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(objective, dynamic=False)
+        compiled: Objective = torch.compile(objective, dynamic=False)
         for name, arguments in examples.items():
             for _ in range(2):
                 loss, _ = compiled(*arguments)
@@ -144,11 +152,11 @@ def compiled_or_plain(
     return compiled
 
 
-def parameter_count(model: nn.Module) -> int:
-    """How many there are; the end, where they are more than a package may carry."""
+def parameter_count(model: nn.Module, largest: int = LARGEST_WEIGHTS_BYTES) -> int:
+    """How many there are; the end, where they are more bytes in float16 than a package may carry."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if 2 * parameters > LARGEST_WEIGHTS_BYTES:
-        sys.exit(f"{parameters} parameters are {2 * parameters} bytes in float16, more than {LARGEST_WEIGHTS_BYTES}")
+    if 2 * parameters > largest:
+        sys.exit(f"{parameters} parameters are {2 * parameters} bytes in float16, more than {largest}")
     return parameters
 
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,10 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from demo_photographs import SHIPPED, measure, prepare, sources, training
+from demo_training import (
+    Log,
+    Objective,
+    Optimisation,
+    Progress,
+    Trainer,
+    compiled_or_plain,
+    parameter_count,
+    psnr_and_speed,
+    write_checkpoint,
+)
 from fastvideo_vae_autoencoder_kl.config import AutoencoderKLArchConfig
 from fastvideo_vae_autoencoder_kl.model import AutoencoderKL, ResnetBlock
 from fastvideo_vae_core.config import VAEConfig
@@ -57,7 +66,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Optimisation):
     """What the miniature is and how it learns.
 
     Attributes:
@@ -65,8 +74,6 @@ class Recipe:
         scales: photographs are shrunk to these; each crop comes from one of them.
         jitter: share of the crops whose colours are changed.
         kl: weight of the Kullback-Leibler divergence per latent value.
-        warm_up: share of the time in which the learning rate rises, before it falls along a cosine.
-        averaging: how much of the moving average of the weights stays at each step.
     """
 
     arch: AutoencoderKLArchConfig = field(
@@ -91,11 +98,6 @@ class Recipe:
     jitter: float = 0.4
     kl: float = 1e-5
     learning_rate: float = 1.5e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 1e-3
-    warm_up: float = 0.03
-    largest_gradient: float = 1.0
-    averaging: float = 0.999
 
 
 # Narrower: what one core of a CPU trains in an hour.
@@ -177,10 +179,7 @@ def train(
     torch.manual_seed(recipe.seed)
     torch.backends.cudnn.benchmark = True
     model = (initialised(recipe.arch) if start is None else load_saved(start / "demo").requires_grad_()).to(device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    log(f"{recipe}\n{parameters} parameters, torch {torch.__version__}, {device}")
-    if 2 * parameters > LARGEST_WEIGHTS_BYTES:
-        sys.exit(f"{parameters} parameters are {2 * parameters} bytes in float16, more than {LARGEST_WEIGHTS_BYTES}")
+    log(f"{recipe}\n{parameter_count(model)} parameters, torch {torch.__version__}, {device}")
     pictures = list(training(photographs))
     crops = [Crops(pictures, recipe, stage, torch.device(device)) for stage in recipe.stages]
     log("; ".join(f"{len(c.starts)} pictures of {len(c.levels_PC) / 1e6:.1f} million pixels" for c in crops))
@@ -222,20 +221,6 @@ def initialised(arch: AutoencoderKLArchConfig) -> AutoencoderKL:
         logvar.zero_()
         bias.fill_(-8)
     return model
-
-
-class Log:
-    """Lines on the screen and in a file, each with the seconds since the start."""
-
-    def __init__(self, path: Path, started: float) -> None:
-        self.path, self.started = path, started
-        path.write_text("")
-
-    def __call__(self, text: str) -> None:
-        line = f"[{time.monotonic() - self.started:6.1f} s] {text}"
-        print(line, flush=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
 
 
 class Crops:
@@ -296,9 +281,6 @@ def _shrunk(photograph: Array, scales: Sequence[float], side: int) -> Iterator[A
             yield np.asarray(Image.fromarray(photograph).resize(size, Image.Resampling.LANCZOS))
 
 
-Objective = Callable[[AutoencoderKL, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 def objective(model: AutoencoderKL, x_BCHW: Tensor, weights: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and the mean squared error in it; `weights` are those of the absolute errors."""
     with torch.autocast(x_BCHW.device.type, torch.bfloat16):
@@ -314,90 +296,27 @@ def objective(model: AutoencoderKL, x_BCHW: Tensor, weights: Tensor, kl: Tensor)
 def fit(
     model: AutoencoderKL, crops: Sequence[Crops], recipe: Recipe, deadline: float, log: Log, *, compiled: bool
 ) -> tuple[AutoencoderKL, int]:
-    """Train until the deadline, on a schedule by the clock, and give the moving average of the weights."""
+    """Train until the deadline, and give the moving average of the weights."""
     kl = torch.tensor(recipe.kl, device=model.device)
-    compute = compile_objective(model, crops, kl, log) if compiled else objective
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=model.device.type == "cuda"
-    )
-    averaged = copy.deepcopy(model).requires_grad_(False)
-    averages: list[Tensor] = list(averaged.parameters())
-    parameters: list[Tensor] = list(model.parameters())
-    begun = time.monotonic()
-    step, passed = 0, 0.0
+    compute: Objective = objective
+    if compiled:
+        examples = {f"crops of {each.side}² pixels": (model, each.draw(), each.weights, kl) for each in crops}
+        compute = compiled_or_plain(objective, examples, model, log)
+    trainer = Trainer(model, recipe, deadline)
     for stage, source in zip(recipe.stages, crops, strict=True):
-        progress = Progress(source, log)
-        while passed < stage.until:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * schedule(passed, recipe.warm_up)
+        progress = Progress(told_of(stage), log, every=200)
+        while trainer.passed < stage.until:
             loss, squared = compute(model, source.draw(), source.weights, kl)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.largest_gradient)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            torch._foreach_lerp_(averages, parameters, 1 - min(recipe.averaging, (1 + step) / (10 + step)))
-            passed = (time.monotonic() - begun) / (deadline - begun)
-            progress(squared, step, passed)
-    return averaged, step
+            trainer.step(loss)
+            progress(squared, trainer)
+    return trainer.averaged, trainer.steps
 
 
-class Progress:
-    """A line of the log every few steps; it waits for the device, so that its clock and ours do not drift apart."""
+def told_of(stage: Stage) -> Callable[[Sequence[float], float], str]:
+    def tell(means: Sequence[float], steps_per_second: float) -> str:
+        return f"training {psnr_and_speed(means[0], steps_per_second * stage.batch * stage.side**2)}"
 
-    def __init__(self, crops: Crops, log: Log) -> None:
-        self.every, self.steps = 200, 0
-        self.megapixels = self.every * crops.batch * crops.side**2 / 1e6
-        self.log, self.since = log, time.monotonic()
-        self.squared = torch.zeros((), device=crops.starts.device)
-
-    def __call__(self, squared: Tensor, step: int, passed: float) -> None:
-        self.squared += squared
-        self.steps += 1
-        if self.steps < self.every:
-            return
-        mean = float(self.squared) / self.steps
-        if not math.isfinite(mean):
-            sys.exit(f"the loss is no longer finite at step {step}; lower the learning rate")
-        now = time.monotonic()
-        # Samples span 2, from -1 to 1.
-        psnr, speed = 10 * math.log10(4 / mean), self.megapixels / (now - self.since)
-        self.log(f"step {step}, {passed:.0%} of the time, training PSNR {psnr:.2f} dB, {speed:.2f} Mpixel/s")
-        self.steps, self.since = 0, now
-        self.squared.zero_()
-
-
-def schedule(passed: float, warm_up: float) -> float:
-    """Share of the highest learning rate after a share of the time.
-
-    >>> [round(schedule(passed, 0.1), 3) for passed in (0.0, 0.05, 0.1, 0.55, 1.0)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    return passed / warm_up if passed < warm_up else (1 + math.cos(math.pi * (passed - warm_up) / (1 - warm_up))) / 2
-
-
-def compile_objective(model: AutoencoderKL, crops: Sequence[Crops], kl: Tensor, log: Log) -> Objective:
-    """The objective compiled for the crops of every stage, if it compiles and agrees with the plain one.
-
-    It is several times as fast, and training goes on without it whatever the compiler meets on a machine.
-    """
-    try:
-        compiled: Objective = torch.compile(objective, dynamic=False)
-        for source in crops:
-            x_BCHW = source.draw()
-            for _ in range(2):
-                loss, _ = compiled(model, x_BCHW, source.weights, kl)
-                loss.backward()
-            ratio = float(loss.detach() / objective(model, x_BCHW, source.weights, kl)[0].detach())
-            if not abs(ratio - 1) < 0.02:
-                raise RuntimeError(f"compiled, the loss is {ratio} of what it is without")
-            log(f"compiled for crops of {source.side}² pixels")
-    except Exception as error:
-        log(f"training without torch.compile: {error!r}"[:2000])
-        return objective
-    finally:
-        model.zero_grad()
-    return compiled
+    return tell
 
 
 def latent_scaling(model: AutoencoderKL, crops: Crops) -> tuple[float, float]:
@@ -418,17 +337,9 @@ def fits_half(model: AutoencoderKL, photographs: Path) -> bool:
 
 
 def save(model: AutoencoderKL, arch: AutoencoderKLArchConfig, folder: Path) -> None:
-    """Write the weights in float16, and the configuration, as diffusers names and lays them out."""
-    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        sys.exit("a weight is not finite in float16")
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    # safetensors writes files that only their owner may read.
-    weights.chmod(0o644)
-    config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.39.0", **arch.to_dict()}
-    config = {key: value for key, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """Write the weights in float16, and the configuration."""
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    write_checkpoint(folder, "AutoencoderKL", tensors, arch.to_dict())
 
 
 def load_saved(folder: Path) -> AutoencoderKL:
@@ -507,7 +418,6 @@ Held out:
 """
 HEADER = "| photograph | size | PSNR, dB | SSIM |\n|---|---|---|---|"
 
-LARGEST_WEIGHTS_BYTES = 2_980_000
 # Time for saving and measuring behind the training.
 RESERVED_SECONDS = 45
 

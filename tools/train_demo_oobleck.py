@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import shutil
-import sys
 import tempfile
 import time
 import wave
@@ -29,9 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from demo_training import Log, Optimisation, Progress, Trainer, parameter_count, write_checkpoint
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_oobleck.checkpoint import weight_norm_state_dict
 from fastvideo_vae_oobleck.config import OobleckArchConfig
@@ -41,15 +40,13 @@ RATE = 22_050
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Optimisation):
     """What the miniature is and how it learns.
 
     Attributes:
         samples, batch: of the clips.
         windows: of the short-time Fourier transforms whose magnitudes are compared.
         kl: weight of the Kullback-Leibler divergence per latent value.
-        warm_up: share of the time in which the learning rate rises, before it falls along a cosine.
-        averaging: how much of the moving average of the weights stays at each step.
     """
 
     arch: OobleckArchConfig = field(
@@ -69,12 +66,8 @@ class Recipe:
     waveform: float = 20.0
     spectral: float = 1.0
     kl: float = 1e-5
-    learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.8, 0.99)
     weight_decay: float = 1e-4
-    warm_up: float = 0.03
-    largest_gradient: float = 1.0
-    averaging: float = 0.999
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -174,10 +167,7 @@ def train(recipe: Recipe, recordings: Path, output: Path, minutes: float, device
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     model = initialised(recipe.arch).to(device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    log(f"{recipe}\n{parameters} parameters, torch {torch.__version__}, {device}")
-    if 2 * parameters > LARGEST_WEIGHTS_BYTES:
-        sys.exit(f"{parameters} parameters are {2 * parameters} bytes in float16, more than {LARGEST_WEIGHTS_BYTES}")
+    log(f"{recipe}\n{parameter_count(model, LARGEST_WEIGHTS_BYTES)} parameters, torch {torch.__version__}, {device}")
     clips = Clips([read_wave(path) for path in sorted((recordings / "training").glob("*.wav"))], recipe, device)
     averaged, steps = fit(model, clips, recipe, started + 60 * minutes - RESERVED_SECONDS, log)
     save(averaged, recipe.arch, output / "demo")
@@ -190,20 +180,6 @@ def train(recipe: Recipe, recordings: Path, output: Path, minutes: float, device
     run = f"{steps} steps of {recipe.batch} clips of {recipe.samples} samples in {minutes:g} minutes on one {where}"
     (output / "demo" / "README.md").write_text(readme(recipe, run, table, recordings), encoding="utf-8")
     log("done")
-
-
-class Log:
-    """Lines on the screen and in a file, each with the seconds since the start."""
-
-    def __init__(self, path: Path, started: float) -> None:
-        self.path, self.started = path, started
-        path.write_text("")
-
-    def __call__(self, text: str) -> None:
-        line = f"[{time.monotonic() - self.started:6.1f} s] {text}"
-        print(line, flush=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
 
 
 def initialised(arch: OobleckArchConfig) -> AutoencoderOobleck:
@@ -272,52 +248,23 @@ class Spectral:
 def fit(
     model: AutoencoderOobleck, clips: Clips, recipe: Recipe, deadline: float, log: Log
 ) -> tuple[AutoencoderOobleck, int]:
-    """Train until the deadline, on a schedule by the clock, and give the moving average of the weights."""
+    """Train until the deadline, and give the moving average of the weights."""
     spectral = Spectral(recipe.windows, str(model.device))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=model.device.type == "cuda"
-    )
-    averaged = copy.deepcopy(model).requires_grad_(False)
-    averages: list[Tensor] = list(averaged.parameters())
-    parameters: list[Tensor] = list(model.parameters())
-    begun = time.monotonic()
-    step, passed, sums = 0, 0.0, torch.zeros(3, device=model.device)
-    while passed < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(passed, recipe.warm_up)
+    trainer, progress = Trainer(model, recipe, deadline), Progress(told, log, every=100)
+    while trainer.passed < 1:
         x_BCS = clips.draw()
         posterior = model.posterior(model.encoder(x_BCS))
         made_BCS = model.decoder(posterior.sample())
         waveform, magnitudes = (made_BCS - x_BCS).abs().mean(), spectral(made_BCS, x_BCS)
         divergence = posterior.kl() / posterior.mean.shape[1]
-        (recipe.waveform * waveform + recipe.spectral * magnitudes + recipe.kl * divergence).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.largest_gradient)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        torch._foreach_lerp_(averages, parameters, 1 - min(recipe.averaging, (1 + step) / (10 + step)))
+        trainer.step(recipe.waveform * waveform + recipe.spectral * magnitudes + recipe.kl * divergence)
         with torch.no_grad():
-            ratio = si_sdr(made_BCS, x_BCS).median()
-            sums += torch.stack([waveform.detach(), magnitudes.detach(), ratio])
-        if step % EVERY == 0:
-            # Reading them waits for the device, so that its clock and ours do not drift apart.
-            means = (sums / EVERY).tolist()
-            if not all(math.isfinite(mean) for mean in means):
-                sys.exit(f"the loss is no longer finite at step {step}; lower the learning rate")
-            sums.zero_()
-            told = f"waveform {means[0]:.4f}, spectral {means[1]:.3f}, SI-SDR {means[2]:.2f} dB"
-            log(f"step {step}, {passed:.0%} of the time, {told}")
-        passed = (time.monotonic() - begun) / (deadline - begun)
-    return averaged, step
+            progress(torch.stack([waveform, magnitudes, si_sdr(made_BCS, x_BCS).median()]), trainer)
+    return trainer.averaged, trainer.steps
 
 
-def schedule(passed: float, warm_up: float) -> float:
-    """Share of the highest learning rate after a share of the time.
-
-    >>> [round(schedule(passed, 0.1), 3) for passed in (0.0, 0.05, 0.1, 0.55, 1.0)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    return passed / warm_up if passed < warm_up else (1 + math.cos(math.pi * (passed - warm_up) / (1 - warm_up))) / 2
+def told(means: Sequence[float], _: float) -> str:
+    return f"waveform {means[0]:.4f}, spectral {means[1]:.3f}, SI-SDR {means[2]:.2f} dB"
 
 
 def si_sdr(made_BCS: Tensor, x_BCS: Tensor) -> Tensor:
@@ -343,16 +290,9 @@ def measure(model: AutoencoderOobleck, recordings: Path, output: Path) -> list[s
 def save(model: AutoencoderOobleck, arch: OobleckArchConfig, folder: Path) -> None:
     """Write the weights in float16 with their norms in float32, and the configuration, as diffusers lays them out."""
     half = copy.deepcopy(model).cpu().half()
-    tensors = {name: tensor.contiguous() for name, tensor in weight_norm_state_dict(half).items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        sys.exit("a weight is not finite in float16")
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    # safetensors writes files that only their owner may read.
-    weights.chmod(0o644)
-    config = {"_class_name": "AutoencoderOobleck", "_diffusers_version": "0.39.0", **arch.to_dict()}
+    config = arch.to_dict()
     config.pop("scaling_factor")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_checkpoint(folder, "AutoencoderOobleck", weight_norm_state_dict(half), config)
 
 
 def load_saved(folder: Path) -> AutoencoderOobleck:
@@ -438,11 +378,10 @@ Held out:
 """
 HEADER = "| recording | length | SI-SDR, dB |\n|---|---|---|"
 
+# The norms are stored in float32, beside directions of the same number of values.
 LARGEST_WEIGHTS_BYTES = 2_940_000
 # Time for saving and measuring behind the training.
 RESERVED_SECONDS = 15
-# Steps between lines of the log.
-EVERY = 100
 
 _ARCADE = Package(
     kind="wheel",

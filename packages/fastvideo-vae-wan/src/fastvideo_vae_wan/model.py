@@ -63,6 +63,11 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         return (Axis(up=time, lead=time - 1), Axis(up=space), Axis(up=space))
 
     @property
+    def temperal_downsample(self) -> tuple[bool, ...]:
+        """As in the configuration. diffusers' pipelines for video to video, VACE and animation ask the model for it."""
+        return self.arch.temperal_downsample
+
+    @property
     def channels(self) -> tuple[int, int]:
         return self.arch.in_channels // self.arch.patch**2, self.arch.z_dim
 
