@@ -18,7 +18,7 @@ _RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 _LEAST_POWER = 1e-8
 STFT_LEAST_SAMPLES = max(size for size, _, _ in _RESOLUTIONS) // 2 + 1
 # Frames that are transformed at a time.
-_FRAMES = 4096
+_FRAMES = 512
 
 
 def si_sdr(x_BCS: Tensor, y_BCS: Tensor) -> Tensor:

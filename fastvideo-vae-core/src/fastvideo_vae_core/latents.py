@@ -25,7 +25,7 @@ Space = Literal["raw", "normalized"]
 _FORMAT = "fastvideo-vae-latents-1"
 _SAFETENSORS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 # Bytes that are put in order at a time.
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +194,9 @@ class LatentWriter:
         self._spool.seek(0)
         for start in range(0, length, step):
             count = min(step, length - start)
-            block = torch.frombuffer(bytearray(self._spool.read(count * rows * row)), dtype=torch.uint8)
-            for index, part in enumerate(block.view(count, rows, row).unbind(1)):
+            block = torch.empty(count, rows, row, dtype=torch.uint8)
+            self._spool.readinto(block.numpy().data)  # type: ignore[attr-defined]
+            for index, part in enumerate(block.unbind(1)):
                 file.seek(begin + (index * length + start) * row)
                 file.write(_bytes(part))
 

@@ -19,7 +19,7 @@ _SIZE, _STEP = 2048, 512
 _BANDS = 256
 _MOST_COLUMNS = 2048
 # Frames that are transformed at a time.
-_FRAMES = 2048
+_FRAMES = 512
 _LEAST_POWER = 1e-14
 
 

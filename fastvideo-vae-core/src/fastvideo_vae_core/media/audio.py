@@ -309,7 +309,9 @@ class FFmpegSource:
             duration=duration,
             codec=context.name,
         )
-        self._blocks = self._decode(stream, av.AudioResampler("fltp", target, self.info.sample_rate))
+        # FFmpeg mixes floating point without lowering it, and integers so that nothing can clip.
+        sample_format = "fltp" if layout is None else "s32p"
+        self._blocks = self._decode(stream, av.AudioResampler(sample_format, target, self.info.sample_rate))
         self._pending: Samples = np.empty((self.info.channels, 0), np.float32)
 
     def _decode(self, stream: Any, resampler: Any) -> Iterator[Samples]:
@@ -318,12 +320,12 @@ class FFmpegSource:
         held: list[Samples] = []
         stated = 0
         for packet in self._container.demux(stream):
-            blocks = [block.to_ndarray() for frame in packet.decode() for block in resampler.resample(frame)]
+            blocks = [_floats(block) for frame in packet.decode() for block in resampler.resample(frame)]
             if packet.size:
                 yield from held
                 held, stated = [], (packet.duration or 0) if states_length else 0
             held += blocks
-        held += [block.to_ndarray() for block in resampler.resample(None)]
+        held += [_floats(block) for block in resampler.resample(None)]
         if held:
             last: Samples = np.concatenate(held, axis=1)
             yield last[:, : round(stated * stream.time_base * self.info.sample_rate)] if stated else last
@@ -340,6 +342,11 @@ class FFmpegSource:
 
     def close(self) -> None:
         self._container.close()
+
+
+def _floats(block: Any) -> Samples:
+    samples: np.ndarray[Any, Any] = block.to_ndarray()
+    return samples if samples.dtype == np.float32 else (samples / 2.0**31).astype(np.float32)
 
 
 class _Sink(Protocol):

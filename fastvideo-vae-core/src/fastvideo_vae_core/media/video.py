@@ -135,14 +135,20 @@ class VideoReader:
         return levels_CHW.rot90(-self.info.rotation // 90, (1, 2))
 
     def _decode(self) -> Iterator[Any]:
-        end, period = 0.0, float(1 / _frame_rate(self._stream))
+        end, period, frames = 0.0, float(1 / _frame_rate(self._stream)), 0
         with ffmpeg_errors(self._path, "read"):
             for packet in self._container.demux(self._stream):
                 if packet.is_corrupt:
                     raise MediaError(f"{self._path} is truncated or broken in its pictures; copy the file again")
                 for frame in packet.decode():
                     end = end if frame.time is None else max(end, frame.time + period)
+                    frames += 1
                     yield frame
+        stream = self._stream
+        # MP4 says at its beginning what it holds; where the cut falls between two frames, nothing else tells of it.
+        whole = stream.duration * stream.time_base if stream.duration and stream.frames else 0
+        if frames < stream.frames and end < whole - period / 2:
+            raise MediaError(f"{self._path} is truncated: {frames} of {stream.frames} frames are there; copy it again")
         stated = _stated_duration(self._stream)
         if stated is not None and end < stated - 2 * period:
             message = f"{self._path} ends after {end:.2f} of {float(stated):.2f} seconds; it may be truncated"
