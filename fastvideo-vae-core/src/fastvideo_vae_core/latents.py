@@ -123,6 +123,7 @@ class LatentReader:
         with _opened(path) as (handle, info):
             self.info = LatentInfo(**info)
             self.shape = tuple(int(size) for size in handle.get_slice("latents").get_shape())
+        self.dtype = self.read(0, 1).dtype
 
     def read(self, start: int, stop: int) -> Tensor:
         """Latents [start, stop) along axis 2."""

@@ -32,6 +32,7 @@ Item = TypeVar("Item")
 
 # Latents that go through a network at a time, by the axes of the samples: more gain nothing in speed.
 _LATENTS = {1: 512, 3: 8}
+_HELD = "tiles go through the whole time, so the clip is held in memory; without them it streams from file to file"
 _STREAMED = "streamed: the plan of a stretch, whose peak is that of any length"
 
 
@@ -223,7 +224,10 @@ def stretch(model: Model, direction: Direction, shape: Sequence[int]) -> tuple[P
     They do not where the network has no stream, nor where tiles are asked for or needed: those go through all the time.
     """
     vae, options = model.vae, model.options
-    if type(vae)._stream is ParallelTiledVAE._stream or options.tile or options.tiling:
+    if type(vae)._stream is ParallelTiledVAE._stream:
+        return None, None
+    if options.tile or options.tiling:
+        model.console.remark(_HELD)
         return None, None
     make = vae.plan_encode if direction == "encode" else vae.plan_decode
     axes, axis = len(shape) - 2, vae.sample_axes[0]
@@ -238,6 +242,7 @@ def stretch(model: Model, direction: Direction, shape: Sequence[int]) -> tuple[P
     plan = make(of(1 + 2 * latents if axes == 3 else latents), memory_budget=options.memory_budget)
     if plan.tile is not None:
         if axes == 3:
+            model.console.remark(_HELD)
             return None, None
         latents = max(plan.tile[0] // axis.up, 1)
     plan = replace(plan, notes=(*plan.notes, _STREAMED))
