@@ -164,7 +164,7 @@ def _add_place(parser: argparse._ActionsContainer) -> None:
 def _add_execution(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("execution")
     tiles = group.add_mutually_exclusive_group()
-    tiles.add_argument("--tiling", action="store_true", help="compute in tiles: less memory, the same result")
+    tiles.add_argument("--tiling", action="store_true", help="compute in tiles, the same result; holds a whole clip")
     tiles.add_argument("--tile", type=_positive, nargs=2, metavar=("H", "W"), help="tiles of that size, in pixels")
     group.add_argument("--memory-budget", metavar="SIZE", help="the quickest way that fits, such as 6GiB or 500MB")
     group.add_argument("--plan", action="store_true", help="print how it is computed, and the predicted peak of memory")
