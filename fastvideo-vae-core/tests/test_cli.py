@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 import fastvideo_vae_core as fvae
 from fastvideo_vae_core import registry
 from fastvideo_vae_core.cli import codec, console, roundtrip
-from fastvideo_vae_core.cli.__main__ import main
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.family import Component, Evidence, Family, Inferred, Layout
 from fastvideo_vae_core.latents import LatentFile, Provenance, read_latents, write_latents
 from fastvideo_vae_core.media import read_image, write_image
 from fastvideo_vae_core.testing import toys
+from fastvideo_vae_core.testing.command import Command, Ran
 from fastvideo_vae_core.testing.golden import fill
 from fastvideo_vae_core.testing.plugins import installed
 
@@ -85,31 +84,9 @@ FAMILY = Family(
 POINT = EntryPoint(name="picture", group=registry.GROUP, value=f"{MODULE}:FAMILY")
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run one command line; whatever happens, no temporary file is left."""
-
-    def run(*arguments: str | Path) -> Ran:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert not [path for path in Path.cwd().rglob(".*") if path.is_file()], "a temporary file is left"
-        return Ran(code, captured.out, captured.err)
-
-    return run
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
 
 
 @pytest.fixture(autouse=True)
@@ -141,18 +118,13 @@ def save_model(
 
 
 def assert_fails(ran: Ran, *words: str, code: int = 2) -> None:
-    """One line on stderr with these words, and nothing on stdout."""
-    assert (ran.code, ran.out) == (code, "")
-    [line] = ran.err.splitlines()
-    assert line.startswith("fastvideo-vae: ")
-    for word in words:
-        assert word in line
+    ran.assert_fails(*words, code=code)
 
 
 # -------------------------------------------------------------------- encode and decode
 
 
-def test_what_is_encoded_is_decoded_to_the_same_size(run: Run, desk: Path) -> None:
+def test_what_is_encoded_is_decoded_to_the_same_size(run: Command, desk: Path) -> None:
     encoded = run("encode", "photo.png", "-o", "photo.safetensors", "--model", "demo")
     assert encoded.code == 0
     assert "45 x 62 is padded to 46 x 62" in encoded.err
@@ -168,7 +140,7 @@ def test_what_is_encoded_is_decoded_to_the_same_size(run: Run, desk: Path) -> No
     assert (read_image("back.png") - expected).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_normalized_latents_are_what_the_diffusion_model_sees(run: Run, desk: Path) -> None:
+def test_normalized_latents_are_what_the_diffusion_model_sees(run: Command, desk: Path) -> None:
     run("encode", "photo.png", "-o", "raw.safetensors", "--model", "demo")
     run("encode", "photo.png", "-o", "normalized.safetensors", "--model", "demo", "--normalized")
     raw, normalized = read_latents("raw.safetensors"), read_latents("normalized.safetensors")
@@ -179,7 +151,7 @@ def test_normalized_latents_are_what_the_diffusion_model_sees(run: Run, desk: Pa
     torch.testing.assert_close(read_image("raw.png"), read_image("normalized.png"), rtol=0, atol=2 / 255)
 
 
-def test_several_inputs_go_into_a_folder(run: Run, desk: Path) -> None:
+def test_several_inputs_go_into_a_folder(run: Command, desk: Path) -> None:
     (desk / "other.png").write_bytes((desk / "photo.png").read_bytes())
     assert run("encode", "photo.png", "other.png", "-o", "latents", "--model", "demo").code == 0
     assert sorted(path.name for path in (desk / "latents").iterdir()) == ["other.safetensors", "photo.safetensors"]
@@ -187,13 +159,13 @@ def test_several_inputs_go_into_a_folder(run: Run, desk: Path) -> None:
     assert sorted(path.name for path in (desk / "back").iterdir()) == ["other.png", "photo.png"]
 
 
-def test_two_inputs_of_one_name_are_refused(run: Run, desk: Path) -> None:
+def test_two_inputs_of_one_name_are_refused(run: Command, desk: Path) -> None:
     (desk / "inside").mkdir()
     (desk / "inside" / "photo.png").write_bytes((desk / "photo.png").read_bytes())
     assert_fails(run("encode", "photo.png", "inside/photo.png", "-o", "latents"), "would both become")
 
 
-def test_without_a_model_the_miniature_is_used_and_named(run: Run) -> None:
+def test_without_a_model_the_miniature_is_used_and_named(run: Command) -> None:
     encoded = run("encode", "photo.png", "-o", "photo.safetensors")
     assert encoded.code == 0
     assert "miniature that ships with fastvideo-vae-core; --model takes a real checkpoint" in encoded.err
@@ -201,7 +173,7 @@ def test_without_a_model_the_miniature_is_used_and_named(run: Run) -> None:
     assert run("encode", "photo.png", "-o", "photo.safetensors", "--quiet").err == ""
 
 
-def test_a_sample_is_as_random_as_its_seed(run: Run) -> None:
+def test_a_sample_is_as_random_as_its_seed(run: Command) -> None:
     for name, arguments in {"mode": [], "one": ["--sample"], "two": ["--sample", "--seed", "1"]}.items():
         run("encode", "photo.png", "-o", f"{name}.safetensors", *arguments)
     run("encode", "photo.png", "-o", "again.safetensors", "--sample", "--seed", "0")
@@ -212,7 +184,7 @@ def test_a_sample_is_as_random_as_its_seed(run: Run) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--tiling"], ["--tile", "8", "12"]], ids=" ".join)
-def test_tiles_show_in_the_plan_and_not_in_the_result(run: Run, arguments: list[str]) -> None:
+def test_tiles_show_in_the_plan_and_not_in_the_result(run: Command, arguments: list[str]) -> None:
     write_image("small.png", read_image("photo.png")[:, :20, :28])
     encode = ("encode", "small.png", "--plan", "-o")
     [whole] = run(*encode, "whole.safetensors", "--json").json["files"]
@@ -225,7 +197,7 @@ def test_tiles_show_in_the_plan_and_not_in_the_result(run: Run, arguments: list[
     )
 
 
-def test_a_budget_chooses_the_plan_or_is_refused(run: Run) -> None:
+def test_a_budget_chooses_the_plan_or_is_refused(run: Command) -> None:
     chosen = run("encode", "photo.png", "-o", "photo.safetensors", "--plan", "--memory-budget", "1GiB")
     assert "chosen for a budget of 1.00 GiB" in chosen.out
     starved = run("encode", "photo.png", "-o", "photo.safetensors", "-q", "--memory-budget", "1KB")
@@ -233,7 +205,7 @@ def test_a_budget_chooses_the_plan_or_is_refused(run: Run) -> None:
     assert_fails(run("encode", "photo.png", "-o", "photo.safetensors", "-q", "--memory-budget", "lots"), "6GiB")
 
 
-def test_float16_that_overflows_is_computed_again_and_said_in_one_line(run: Run, desk: Path) -> None:
+def test_float16_that_overflows_is_computed_again_and_said_in_one_line(run: Command, desk: Path) -> None:
     save_model(desk / "hot", dtype=torch.float16, scale=3e4)
     arguments = ("encode", "photo.png", "-o", "photo.safetensors", "-q", "--model", "hot", "--fp16")
     with warnings.catch_warnings():
@@ -249,7 +221,7 @@ def test_float16_that_overflows_is_computed_again_and_said_in_one_line(run: Run,
 # -------------------------------------------------------------------- provenance
 
 
-def test_latents_of_another_checkpoint_are_refused_unless_forced(run: Run, desk: Path) -> None:
+def test_latents_of_another_checkpoint_are_refused_unless_forced(run: Command, desk: Path) -> None:
     save_model(desk / "other", scale=2.0)
     run("encode", "photo.png", "-o", "photo.safetensors", "--model", "other")
     wrong = ("decode", "photo.safetensors", "-o", "back.png", "-q")
@@ -260,7 +232,7 @@ def test_latents_of_another_checkpoint_are_refused_unless_forced(run: Run, desk:
     assert "because of --force" in forced.err
 
 
-def test_latents_that_were_resized_are_not_cut_without_a_word(run: Run, desk: Path) -> None:
+def test_latents_that_were_resized_are_not_cut_without_a_word(run: Command, desk: Path) -> None:
     run("encode", "photo.png", "-o", "photo.safetensors")
     file = read_latents("photo.safetensors")
     write_latents(
@@ -277,7 +249,7 @@ def test_latents_that_were_resized_are_not_cut_without_a_word(run: Run, desk: Pa
     assert read_image("back.png").shape == (3, 92, 124)
 
 
-def test_the_variant_of_the_latents_settles_which_one_a_bare_file_is(run: Run, desk: Path) -> None:
+def test_the_variant_of_the_latents_settles_which_one_a_bare_file_is(run: Command, desk: Path) -> None:
     bare = (desk / "demo" / "diffusion_pytorch_model.safetensors").rename(desk / "bare.safetensors")
     encode = ("encode", "photo.png", "-o", "photo.safetensors", "-q", "--normalized", "--model", bare)
     assert_fails(run(*encode), "pass --variant day or --variant night")
@@ -286,7 +258,7 @@ def test_the_variant_of_the_latents_settles_which_one_a_bare_file_is(run: Run, d
     assert decoded.json["model"]["variant"] == "night"
 
 
-def test_latents_of_a_family_that_is_not_installed_name_the_package(run: Run) -> None:
+def test_latents_of_a_family_that_is_not_installed_name_the_package(run: Command) -> None:
     write_latents(
         "wan.safetensors",
         LatentFile(
@@ -299,7 +271,7 @@ def test_latents_of_a_family_that_is_not_installed_name_the_package(run: Run) ->
     assert_fails(run("decode", "wan.safetensors", "-o", "back.mp4"), "pip install fastvideo-vae-wan")
 
 
-def test_a_batch_in_one_file_is_refused(run: Run) -> None:
+def test_a_batch_in_one_file_is_refused(run: Command) -> None:
     provenance = Provenance(family="picture", checkpoint="0")
     file = LatentFile(latents=torch.zeros(2, 4, 4, 4), provenance=provenance, space="raw", sample_shape=(2, 3, 8, 8))
     write_latents("two.safetensors", file)
@@ -309,7 +281,7 @@ def test_a_batch_in_one_file_is_refused(run: Run) -> None:
 # -------------------------------------------------------------------- roundtrip and demo
 
 
-def test_a_round_trip_writes_both_pictures_and_measures(run: Run, desk: Path) -> None:
+def test_a_round_trip_writes_both_pictures_and_measures(run: Command, desk: Path) -> None:
     ran = run("roundtrip", "photo.png", "-o", "back.png", "--model", "demo")
     assert ran.code == 0
     for word in ("4 x 23 x 31", "2.93 times fewer", "PSNR", "SSIM", "back.png", "back-comparison.png"):
@@ -318,7 +290,7 @@ def test_a_round_trip_writes_both_pictures_and_measures(run: Run, desk: Path) ->
     assert read_image("back-comparison.png").shape[0] == 3
 
 
-def test_a_round_trip_in_json(run: Run) -> None:
+def test_a_round_trip_in_json(run: Command) -> None:
     document = run("roundtrip", "photo.png", "-o", "back.png", "--model", "demo", "--json", "--plan").json
     assert document["latent_shape"] == [1, 4, 23, 31]
     assert document["padded_shape"] == [1, 3, 46, 62]
@@ -328,7 +300,7 @@ def test_a_round_trip_in_json(run: Run) -> None:
     assert document["model"]["family"] == "picture"
 
 
-def test_the_demo_writes_three_pictures_and_says_which_to_open(run: Run, desk: Path) -> None:
+def test_the_demo_writes_three_pictures_and_says_which_to_open(run: Command, desk: Path) -> None:
     ran = run("demo")
     assert (ran.code, ran.err) == (0, "")
     names = ["comparison.png", "original.png", "reconstruction.png"]
@@ -338,7 +310,7 @@ def test_the_demo_writes_three_pictures_and_says_which_to_open(run: Run, desk: P
     assert run("demo", "--family", "picture", "--output", "elsewhere", "--json").json["metrics"]["psnr"] > 0
 
 
-def test_no_family_no_demo(run: Run) -> None:
+def test_no_family_no_demo(run: Command) -> None:
     with installed():
         assert_fails(run("demo"), "pip install")
         assert_fails(run("encode", "photo.png", "-o", "x.safetensors"), "no installed family")
@@ -351,15 +323,16 @@ def test_the_demonstration_of_every_installed_family(desk: Path) -> None:
         if family["demo"]:
             name = family["name"]
             demo = python("-m", "fastvideo_vae_core", "demo", "--family", name, "--output", name, "--json")
-            # What a miniature must reach on a photograph that it has not seen.
-            assert json.loads(demo)["metrics"]["psnr"] >= 28
+            # What a miniature must reach on media that it has not seen.
+            metrics = json.loads(demo)["metrics"]
+            assert any(metrics.get(name, -1) >= least for name, least in (("psnr", 28), ("si_sdr", 8)))
             assert all(path.stat().st_size for path in (desk / name).iterdir())
 
 
 # -------------------------------------------------------------------- inspect, families, doctor
 
 
-def test_inspect_tells_what_a_checkpoint_would_be_loaded_as(run: Run) -> None:
+def test_inspect_tells_what_a_checkpoint_would_be_loaded_as(run: Command) -> None:
     ran = run("inspect", "demo")
     assert (ran.code, ran.err) == (0, "")
     for word in ("class    Picture", "picture, component vae", "layout    diffusers", "day", "float32", "Picture: "):
@@ -369,14 +342,14 @@ def test_inspect_tells_what_a_checkpoint_would_be_loaded_as(run: Run) -> None:
     assert document["components"][0]["arch"]["width"] == 4
 
 
-def test_inspect_says_which_variant_to_pass(run: Run, desk: Path) -> None:
+def test_inspect_says_which_variant_to_pass(run: Command, desk: Path) -> None:
     bare = (desk / "demo" / "diffusion_pytorch_model.safetensors").rename(desk / "bare.safetensors")
     ran = run("inspect", bare)
     assert ran.code == 0
     assert "--variant day or --variant night" in ran.out
 
 
-def test_inspect_knows_latents(run: Run) -> None:
+def test_inspect_knows_latents(run: Command) -> None:
     run("encode", "photo.png", "-o", "photo.safetensors")
     ran = run("inspect", "photo.safetensors")
     assert ran.code == 0
@@ -386,14 +359,14 @@ def test_inspect_knows_latents(run: Run) -> None:
     assert (document["kind"], document["provenance"]["family"]) == ("latents", "picture")
 
 
-def test_inspect_of_something_else_exits_with_1(run: Run, desk: Path) -> None:
+def test_inspect_of_something_else_exits_with_1(run: Command, desk: Path) -> None:
     save_file({"weight": torch.zeros(2)}, desk / "other.safetensors")
     ran = run("inspect", "other.safetensors")
     assert ran.code == 1
     assert "no network of an installed family (picture)" in ran.out
 
 
-def test_families_lists_the_installed_the_broken_and_the_missing(run: Run) -> None:
+def test_families_lists_the_installed_the_broken_and_the_missing(run: Command) -> None:
     broken = EntryPoint(name="broken", group=registry.GROUP, value="no_such_module:FAMILY")
     with installed(POINT, broken):
         ran = run("families")
@@ -410,7 +383,7 @@ def test_families_lists_the_installed_the_broken_and_the_missing(run: Run) -> No
     assert {entry["name"]: entry["status"] for entry in document} == {"picture": "installed", "broken": "broken"}
 
 
-def test_a_name_claimed_twice_is_broken_and_takes_nobody_else_down(run: Run) -> None:
+def test_a_name_claimed_twice_is_broken_and_takes_nobody_else_down(run: Command) -> None:
     twice = EntryPoint(name="picture", group=registry.GROUP, value="somebody_else:FAMILY")
     with installed(POINT, twice, *toys.POINTS):
         ran = run("families")
@@ -419,7 +392,7 @@ def test_a_name_claimed_twice_is_broken_and_takes_nobody_else_down(run: Run) -> 
         assert_fails(run("encode", "photo.png", "-o", "x.safetensors", "-q", "--family", "picture"), "is claimed by")
 
 
-def test_the_doctor_finds_this_machine_well(run: Run) -> None:
+def test_the_doctor_finds_this_machine_well(run: Command) -> None:
     ran = run("doctor")
     assert ran.code == 0, ran.out
     for word in (torch.__version__, "python", "picture", "All is well."):
@@ -427,7 +400,7 @@ def test_the_doctor_finds_this_machine_well(run: Run) -> None:
     assert run("doctor", "--json").json["healthy"] is True
 
 
-def test_the_doctor_names_what_is_wrong(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_names_what_is_wrong(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     broken = EntryPoint(name="broken", group=registry.GROUP, value="no_such_module:FAMILY")
@@ -447,12 +420,12 @@ def test_the_doctor_names_what_is_wrong(run: Run, monkeypatch: pytest.MonkeyPatc
 # -------------------------------------------------------------------- bad input: one line, and nothing half-written
 
 
-def encode(run: Run, *arguments: str | Path) -> Ran:
+def encode(run: Command, *arguments: str | Path) -> Ran:
     """Encode the photograph quietly; the arguments may name another model."""
     return run("encode", "photo.png", "-o", "photo.safetensors", "-q", *arguments)
 
 
-def test_not_an_image(run: Run, desk: Path) -> None:
+def test_not_an_image(run: Command, desk: Path) -> None:
     (desk / "text.png").write_text("no picture")
     (desk / "text.txt").write_text("no picture")
     (desk / "empty.png").touch()
@@ -464,13 +437,19 @@ def test_not_an_image(run: Run, desk: Path) -> None:
     assert not [*desk.glob("x*")]
 
 
-def test_media_of_another_kind(run: Run, desk: Path) -> None:
+def test_media_of_another_kind(run: Command, desk: Path) -> None:
     (desk / "clip.mp4").write_bytes(b"0")
-    assert_fails(run("encode", "clip.mp4", "-o", "x.safetensors"), "takes image so far, not video")
+    assert_fails(run("encode", "clip.mp4", "-o", "x.safetensors"), "no installed family ships a miniature for video")
     assert_fails(run("encode", "clip.mp4", "photo.png", "-o", "x"), "one kind of media")
     with installed(*toys.POINTS):
         save_toy_video(desk / "video.safetensors")
-        assert_fails(encode(run, "--model", "video.safetensors"), "takes image so far, not video")
+        assert_fails(encode(run, "--model", "video.safetensors"), "is a model of video (toy_video), the input is image")
+
+
+def test_options_of_other_media_are_refused(run: Command) -> None:
+    assert_fails(encode(run, "--downmix"), "--downmix is for audio, this is image")
+    assert_fails(run("roundtrip", "photo.png", "-o", "x.png", "--crf", "0"), "--crf is for video, this is image")
+    assert_fails(run("roundtrip", "photo.png", "-o", "x.png", "--no-sound"), "--no-sound is for video, this is image")
 
 
 def save_toy_video(path: Path) -> None:
@@ -485,14 +464,14 @@ def save_toy_video(path: Path) -> None:
     ],
     ids=["empty", "truncated"],
 )
-def test_a_damaged_weight_file(run: Run, desk: Path, damage: Callable[[bytes], bytes], words: list[str]) -> None:
+def test_a_damaged_weight_file(run: Command, desk: Path, damage: Callable[[bytes], bytes], words: list[str]) -> None:
     path = desk / "demo" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     assert_fails(encode(run, "--model", "demo"), *words)
     assert_fails(run("inspect", "demo"), *words)
 
 
-def test_a_monstrous_config_is_refused_before_anything_is_allocated(run: Run, desk: Path) -> None:
+def test_a_monstrous_config_is_refused_before_anything_is_allocated(run: Command, desk: Path) -> None:
     config = desk / "demo" / "config.json"
     config.write_text(json.dumps({"_class_name": "Picture", "width": 10**9}))
     assert_fails(encode(run, "--model", "demo"), "ToyArchConfig.width must lie in [2, 64], got 1000000000")
@@ -513,7 +492,7 @@ def test_a_monstrous_config_is_refused_before_anything_is_allocated(run: Run, de
     ids=["missing", "extra", "misshapen", "nan"],
 )
 def test_tensors_that_do_not_fit(
-    run: Run, desk: Path, change: Callable[[dict[str, Tensor]], object], words: str
+    run: Command, desk: Path, change: Callable[[dict[str, Tensor]], object], words: str
 ) -> None:
     path = desk / "demo" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
@@ -523,7 +502,7 @@ def test_tensors_that_do_not_fit(
     assert not (desk / "photo.safetensors").exists()
 
 
-def test_an_unknown_class(run: Run, desk: Path) -> None:
+def test_an_unknown_class(run: Command, desk: Path) -> None:
     config = desk / "demo" / "config.json"
     config.write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     assert_fails(encode(run, "--model", "demo"), "pip install fastvideo-vae-wan")
@@ -534,12 +513,12 @@ def test_an_unknown_class(run: Run, desk: Path) -> None:
     assert_fails(encode(run, "--model", "demo"), "no installed family answers to 'Nobody'")
 
 
-def test_an_illegal_size_is_refused_where_padding_is_not_wanted(run: Run) -> None:
+def test_an_illegal_size_is_refused_where_padding_is_not_wanted(run: Command) -> None:
     assert_fails(encode(run, "--no-pad"), "got 45 x 62; pass 44 x 62 or 46 x 62", "or leave out --no-pad")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
-    run: Run, desk: Path, monkeypatch: pytest.MonkeyPatch
+    run: Command, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (codec, roundtrip):
         monkeypatch.setattr(module, "open_model", pytest.fail)
@@ -561,12 +540,12 @@ def save_latents(path: Path) -> None:
     write_latents(path, file)
 
 
-def test_a_device_that_is_not_there(run: Run) -> None:
+def test_a_device_that_is_not_there(run: Command) -> None:
     assert_fails(encode(run, "--device", "cuda:77"), "device 'cuda:77' cannot be used")
     assert_fails(encode(run, "--device", "abacus"), "device 'abacus' cannot be used")
 
 
-def test_out_of_memory_names_the_way_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_way_out(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -580,11 +559,11 @@ def test_out_of_memory_names_the_way_out(run: Run, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "arguments", [["encode", "photo.png"], ["nonsense"], ["encode", "x.png", "-o", "y", "--tile", "0", "1"]]
 )
-def test_wrong_usage_is_one_line(run: Run, arguments: list[str]) -> None:
+def test_wrong_usage_is_one_line(run: Command, arguments: list[str]) -> None:
     assert_fails(run(*arguments), "fastvideo-vae: error: ", "--help`")
 
 
-def test_no_command_shows_the_help(run: Run) -> None:
+def test_no_command_shows_the_help(run: Command) -> None:
     ran = run()
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("usage: fastvideo-vae")
@@ -592,14 +571,14 @@ def test_no_command_shows_the_help(run: Run) -> None:
     assert run("--version").out.startswith("fastvideo-vae 0.")
 
 
-def test_debug_shows_the_traceback(run: Run) -> None:
+def test_debug_shows_the_traceback(run: Command) -> None:
     ran = encode(run, "--no-pad", "--debug")
     assert ran.code == 2
     assert ran.err.startswith("Traceback")
     assert "ShapeError" in ran.err
 
 
-def test_the_unexpected_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unexpected_is_one_line_too(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("the floor\nopened")
 
@@ -607,7 +586,7 @@ def test_the_unexpected_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatc
     assert_fails(encode(run), "unexpected RuntimeError: the floor opened (--debug shows where)", code=1)
 
 
-def test_an_interrupt_leaves_nothing(run: Run, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_nothing(run: Command, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -12,9 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastvideo_vae_core.errors import CheckpointError, MediaError
+from fastvideo_vae_core.errors import CheckpointError, MediaError, ShapeError
 from fastvideo_vae_core.latents import (
     LatentFile,
+    LatentInfo,
+    LatentReader,
+    LatentWriter,
     Provenance,
     read_latents,
     scale_latents,
@@ -153,3 +156,88 @@ class TestProvenance:
     def test_another_is_refused_with_what_differs(self, item: str, other: str) -> None:
         with pytest.raises(CheckpointError, match=rf"made by {item} .*, the model is {other}; .*--force"):
             FILE.check(replace(PROVENANCE, **{item: other}))
+
+
+class TestPieces:
+    """A file that was written piece by piece is the file that is written at once."""
+
+    z = torch.randn(1, 3, 7, 2, 5, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("cuts", [[7], [1, 4, 2], [1] * 7])
+    def test_the_cuts_do_not_show(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, cuts: list[int]
+    ) -> None:
+        monkeypatch.setattr("fastvideo_vae_core.latents._BLOCK", 300)
+        info = _info(sample_shape=(1, 3, 13, 32, 80), color={"matrix": "bt709"}, pixel_aspect="16/15")
+        whole = LatentFile(latents=self.z.to(dtype), **vars(info))
+        write_latents(tmp_path / "whole.safetensors", whole)
+        with LatentWriter(tmp_path / "pieces.safetensors") as writer:
+            for piece in whole.latents.split(cuts, 2):
+                writer.write(piece)
+            assert writer.shape == whole.latents.shape
+            writer.finish(info)
+        read = read_latents(tmp_path / "pieces.safetensors")
+        assert torch.equal(read.latents, whole.latents)
+        assert replace(read, latents=whole.latents) == whole
+        with safe_open(tmp_path / "whole.safetensors", framework="pt") as handle:
+            metadata = handle.metadata()
+        with safe_open(tmp_path / "pieces.safetensors", framework="pt") as handle:
+            assert handle.metadata() == metadata
+
+    def test_sound_and_pictures_too(self, tmp_path: Path) -> None:
+        for shape in ((1, 8, 100), (1, 4, 6, 7)):
+            z = torch.randn(shape)
+            with LatentWriter(tmp_path / "z.safetensors") as writer:
+                for piece in z.split(9, 2):
+                    writer.write(piece)
+                writer.finish(_info())
+            assert torch.equal(read_latents(tmp_path / "z.safetensors").latents, z)
+
+    def test_a_reader_gives_any_stretch(self, tmp_path: Path) -> None:
+        write_latents(tmp_path / "z.safetensors", LatentFile(latents=self.z, **vars(_info())))
+        reader = LatentReader(tmp_path / "z.safetensors")
+        assert (reader.shape, reader.info) == (tuple(self.z.shape), _info())
+        for start, stop in ((0, 7), (2, 5), (6, 9), (7, 9)):
+            assert torch.equal(reader.read(start, stop), self.z[:, :, start:stop])
+        with pytest.raises(MediaError, match="cannot be read as latents"):
+            LatentReader(tmp_path / "absent.safetensors")
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
+    def test_a_failure_leaves_the_old_file_and_nothing_else(self, tmp_path: Path, error: type[BaseException]) -> None:
+        (tmp_path / "z.safetensors").write_bytes(b"before")
+
+        def fail() -> None:
+            with LatentWriter(tmp_path / "z.safetensors") as writer:
+                writer.write(self.z)
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+    def test_what_cannot_be_a_file_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "z.safetensors"
+        with pytest.raises(MediaError, match="got no latents"), LatentWriter(path) as writer:
+            writer.finish(_info())
+        with pytest.raises(MediaError, match="got no latents"), LatentWriter(path) as writer:
+            writer.write(self.z)
+        with pytest.raises(MediaError, match="NaN or infinity"), LatentWriter(path) as writer:
+            writer.write(self.z * torch.nan)
+        for wrong in (self.z[:, :2], self.z[..., :2], self.z.double()):
+            with pytest.raises(ShapeError, match="does not continue"):
+                _write(path, self.z, wrong)
+        with pytest.raises(MediaError, match="does not exist"), LatentWriter(tmp_path / "absent" / "z.safetensors"):
+            pass
+        assert not [*tmp_path.iterdir()]
+
+
+def _write(path: Path, *pieces: torch.Tensor) -> None:
+    with LatentWriter(path) as writer:
+        for piece in pieces:
+            writer.write(piece)
+        writer.finish(_info())
+
+
+def _info(**changes: Any) -> LatentInfo:
+    return LatentInfo(**{"provenance": PROVENANCE, "space": "raw", "sample_shape": (1, 3, 13, 16, 40), **changes})

@@ -6,6 +6,7 @@ import math
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ import soundfile
 import torch
 
 from fastvideo_vae_core.errors import MediaError, ShapeError
-from fastvideo_vae_core.media import AudioReader, AudioWriter, probe_audio, read_audio, resample, write_audio
+from fastvideo_vae_core.media import AudioReader, AudioWriter, Resampler, probe_audio, read_audio, resample, write_audio
 
 RATE = 48_000
 
@@ -113,6 +114,44 @@ def test_resampling_keeps_a_tone_and_its_length() -> None:
     assert resample(tone, 44_100, 44_100) is tone
     with pytest.raises(MediaError, match="positive whole numbers"):
         resample(tone, 0, 48_000)
+
+
+@pytest.mark.parametrize(("before", "after"), [(48_000, 44_100), (44_100, 48_000), (11_025, 44_100), (96_000, 16_000)])
+@pytest.mark.parametrize("samples", [1, 100, 9999])
+def test_blocks_resample_like_the_whole(before: int, after: int, samples: int) -> None:
+    x = torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
+    whole = resample(x, before, after)
+    for size in (samples, 641, 13 if samples < 1000 else 4096):
+        resampler = Resampler(before, after)
+        pieces = [*map(resampler.push, x.split(size, 1)), resampler.finish()]
+        made = torch.cat(pieces, 1)
+        assert made.shape == whole.shape
+        # The same sums in another order.
+        assert (made - whole).abs().max() < 2e-6
+        assert resampler._held is None or resampler._held.shape[1] < size + 4 * resampler._context
+
+
+def test_a_resampler_between_equal_rates_holds_nothing() -> None:
+    resampler = Resampler(8000, 8000)
+    x = torch.randn(2, 10)
+    assert torch.equal(resampler.push(x), x)
+    assert resampler.finish().numel() == 0
+    with pytest.raises(MediaError, match="positive whole numbers"):
+        Resampler(0, 8000)
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+def test_channels_are_mixed_down_so_that_nothing_clips(tmp_path: Path, layout: Literal["mono", "stereo"]) -> None:
+    soundfile.write(tmp_path / "six.wav", np.ones((1000, 6)) * 0.999, 8000, subtype="PCM_24")
+    with AudioReader(tmp_path / "six.wav", downmix=layout) as reader:
+        mixed = torch.cat(list(reader), 1)
+        assert reader.info.channels == mixed.shape[0] == (1 if layout == "mono" else 2)
+    assert mixed.shape[1] == 1000
+    assert 0.9 < mixed.max() <= 1
+    # What has no more channels than that is left alone.
+    soundfile.write(tmp_path / "one.wav", np.ones((1000, 1)) * 0.5, 8000, subtype="PCM_24")
+    with AudioReader(tmp_path / "one.wav", downmix=layout) as reader:
+        assert reader.info.channels == 1
 
 
 def test_missing_libraries_name_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

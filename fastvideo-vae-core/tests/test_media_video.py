@@ -473,5 +473,18 @@ def test_truncated_files_are_refused_or_reported(tmp_path: Path) -> None:
         (tmp_path / f"cut{suffix}").write_bytes(data[: len(data) // 2])
     with pytest.raises(MediaError, match="truncated"):
         read(tmp_path / "cut.mp4")
+    # Between two frames, where the sound is, nothing is broken; there is only less of it.
+    with_sound(tmp_path / "sound.mp4", "aac")
+    pictures_with_sound_from(tmp_path / "sound.mp4", tmp_path / "both.mp4", 40)
+    data = (tmp_path / "both.mp4").read_bytes()
+    outcomes = []
+    for length in range(len(data) // 4, len(data), len(data) // 20):
+        (tmp_path / "cut.mp4").write_bytes(data[:length])
+        try:
+            outcomes.append(str(read(tmp_path / "cut.mp4").shape[1]))
+        except MediaError as error:
+            outcomes.append(str(error).rpartition(":")[2])
+    assert any("of 40 frames are there" in outcome for outcome in outcomes), outcomes
+    assert {outcome for outcome in outcomes if outcome.isdigit()} <= {"40"}, outcomes
     with pytest.warns(UserWarning, match=r"ends after 0\.\d+ of 1\.20 seconds"):
         assert 5 < read(tmp_path / "cut.mkv").shape[1] < 25

@@ -13,7 +13,7 @@ from skimage.data import astronaut
 
 from fastvideo_vae_core import report
 from fastvideo_vae_core.errors import MediaError, ShapeError
-from fastvideo_vae_core.report import comparison_figure
+from fastvideo_vae_core.report import clip_figure, comparison_figure
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,22 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(error, match=reason):
             comparison_figure(path, x_CHW, y_CHW)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_of_a_clip_stand_below_each_other(tmp_path: Path, photo: torch.Tensor) -> None:
+    x_CHW = photo[:, :64, :64]
+    frames = [(f"Frame {index}", x_CHW.roll(index, 1), x_CHW.roll(index, 1) * 0.9) for index in range(3)]
+    clip_figure(tmp_path / "clip.png", frames, title="a clip", metrics={"PSNR": "1 dB"})
+    comparison_figure(tmp_path / "one.png", *frames[0][1:], title="a clip", metrics={"PSNR": "1 dB"})
+    clip, one = sheet(tmp_path / "clip.png"), sheet(tmp_path / "one.png")
+    row = report._HEADING + report._Scale.of(64, 64).h
+    assert clip.shape[0] == one.shape[0] + 2 * row
+    assert clip.shape[1] == one.shape[1]
+    with pytest.raises(ShapeError, match="frames of one shape"):
+        clip_figure(tmp_path / "none.png", [])
+    with pytest.raises(ShapeError, match="frames of one shape"):
+        clip_figure(tmp_path / "none.png", [*frames, ("other", x_CHW[:, 1:], x_CHW[:, 1:])])
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_pyplot_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fastvideo_vae_core.errors import ShapeError
 
 _TAPS, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
+SSIM_LEAST_SIDE = _TAPS
 _BAND = 1 << 18  # samples of a band of rows
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 # The coarsest of the five scales has to hold one window: sides are halved, rounding up, four times.
@@ -36,9 +37,17 @@ def psnr(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0) -> Tensor:
     Raises:
         ShapeError: the shapes differ, are empty, or are not pictures or videos.
     """
+    return 10 * torch.log10(data_range**2 / squared_error(x_BCHW, y_BCHW))
+
+
+def squared_error(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+    """Mean squared error, of pictures and videos as in `psnr`; those of equal parts of a video average to its own.
+
+    Raises:
+        ShapeError: as `psnr`.
+    """
     x, y = _batched(x_BCHW, y_BCHW, video=True)
-    errors = torch.stack([_squared_error(a, b) for a, b in zip(x, y, strict=True)])
-    return 10 * torch.log10(data_range**2 / errors)
+    return torch.stack([_squared_error(a, b) for a, b in zip(x, y, strict=True)])
 
 
 def ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0) -> Tensor:

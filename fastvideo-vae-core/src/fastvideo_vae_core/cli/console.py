@@ -7,7 +7,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
@@ -49,12 +50,27 @@ class Console:
 
     def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
         """Go through items with a bar, where somebody watches and there is more than one."""
-        if self.json or self.quiet or len(items) < 2 or not sys.stderr.isatty():
+        if not self._watched or len(items) < 2:
             return iter(items)
         from tqdm import tqdm
 
         bar: Iterable[Item] = tqdm(items, desc=what, unit="file", file=sys.stderr)
         return iter(bar)
+
+    @contextmanager
+    def bar(self, total: int | None, what: str, unit: str | None) -> Iterator[Callable[[int], None]]:
+        """A bar, where somebody watches and there is a unit; call what it gives with the units done so far."""
+        if not self._watched or unit is None:
+            yield lambda done: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, unit=f" {unit}s", file=sys.stderr) as bar:
+            yield lambda done: bar.update(done - bar.n)
+
+    @property
+    def _watched(self) -> bool:
+        return not (self.json or self.quiet) and sys.stderr.isatty()
 
 
 def _print(text: str, file: TextIO) -> None:

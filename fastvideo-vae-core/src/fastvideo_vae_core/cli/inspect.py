@@ -11,7 +11,7 @@ from typing import Any
 from fastvideo_vae_core import registry
 from fastvideo_vae_core.cli.console import Console, rows, sizes
 from fastvideo_vae_core.errors import FamilyError, MediaError
-from fastvideo_vae_core.latents import LatentFile, read_latents
+from fastvideo_vae_core.latents import LatentReader
 from fastvideo_vae_core.loading import inspect
 from fastvideo_vae_core.memory import format_bytes
 
@@ -23,26 +23,26 @@ def run(options: argparse.Namespace) -> int:
     return _latents(latents, console) if latents is not None else _checkpoint(options, console)
 
 
-def _as_latents(source: str) -> LatentFile | None:
+def _as_latents(source: str) -> LatentReader | None:
     """The latent file, or None where the source is something else, whole or not."""
     if not Path(source).is_file():
         return None
     try:
-        return read_latents(source)
+        return LatentReader(source)
     except MediaError:
         return None
 
 
-def _latents(file: LatentFile, console: Console) -> int:
-    made_by = file.provenance
-    dtype = str(file.latents.dtype).removeprefix("torch.")
-    rates = [("frame rate", file.frame_rate), ("sampling rate", file.sampling_rate)]
+def _latents(file: LatentReader, console: Console) -> int:
+    info, made_by = file.info, file.info.provenance
+    dtype = str(file.dtype).removeprefix("torch.")
+    rates = [("frame rate", info.frame_rate), ("sampling rate", info.sampling_rate)]
     console.say(
         "latent file",
         *rows(
             [
-                ("latents", f"{sizes(file.latents.shape)}, {dtype}, {file.space}"),
-                ("samples", sizes(file.sample_shape)),
+                ("latents", f"{sizes(file.shape)}, {dtype}, {info.space}"),
+                ("samples", sizes(info.sample_shape)),
                 *((name, str(rate)) for name, rate in rates if rate is not None),
                 ("family", f"{made_by.family}, component {made_by.component}"),
                 ("variant", made_by.variant or "none of the published ones"),
@@ -54,12 +54,14 @@ def _latents(file: LatentFile, console: Console) -> int:
     console.finish(
         {
             "kind": "latents",
-            "latent_shape": file.latents.shape,
+            "latent_shape": file.shape,
             "dtype": dtype,
-            "space": file.space,
-            "sample_shape": file.sample_shape,
-            "frame_rate": file.frame_rate,
-            "sampling_rate": file.sampling_rate,
+            "space": info.space,
+            "sample_shape": info.sample_shape,
+            "frame_rate": info.frame_rate,
+            "sampling_rate": info.sampling_rate,
+            "pixel_aspect": info.pixel_aspect,
+            "color": info.color,
             "provenance": asdict(made_by),
         }
     )

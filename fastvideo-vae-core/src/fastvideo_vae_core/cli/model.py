@@ -1,27 +1,24 @@
-"""The model that the options ask for, on its device, and running it within the options."""
+"""The model that the options ask for, on its device."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastvideo_vae_core import registry
-from fastvideo_vae_core.cli.console import Console, in_shell_words, sizes
-from fastvideo_vae_core.cli.samples import Medium, medium_of
-from fastvideo_vae_core.errors import CheckpointError, ConfigError, FamilyError, MemoryBudgetError
+from fastvideo_vae_core.cli.console import Console
+from fastvideo_vae_core.cli.samples import Medium, Reading, medium_of
+from fastvideo_vae_core.errors import CheckpointError, ConfigError, FamilyError
 from fastvideo_vae_core.family import Family, Media
 from fastvideo_vae_core.latents import Provenance
 from fastvideo_vae_core.loading import inspect, load
-from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.vae import ParallelTiledVAE
 
 
@@ -49,30 +46,15 @@ class Model:
         which = "its shipped miniature" if self.is_demo else made_by.variant or Path(self.source).name
         return f"{made_by.family} ({which})"
 
-    def encode(self, x: Tensor) -> Encoded:
-        """Samples (1, C, ...) on the CPU to raw latents on the CPU, padded to a legal size unless --no-pad."""
-        options, vae = self.options, self.vae
-        padded = x if options.no_pad else vae.pad_to_valid(x)
-        if padded.shape != x.shape:
-            self.console.remark(
-                f"{sizes(x.shape[2:])} is padded to {sizes(padded.shape[2:])}; decoding takes the padding off again"
-            )
-        plan = self._plan("encode", padded.shape)
-        start = time.perf_counter()
-        with _out_of_memory(plan):
-            posterior = vae.encode(padded.to(vae.device), plan=plan).latent_dist
-            # A generator on the CPU gives the same noise for every device.
-            z = posterior.sample(torch.Generator().manual_seed(options.seed)) if options.sample else posterior.mode()
-            z = z.cpu()
-        return Encoded(z, tuple(padded.shape), plan, time.perf_counter() - start)
-
-    def decode(self, z: Tensor) -> Decoded:
-        """Raw latents on the CPU to samples on the CPU."""
-        plan = self._plan("decode", z.shape)
-        start = time.perf_counter()
-        with _out_of_memory(plan):
-            x = self.vae.decode(z.to(self.vae.device), plan=plan).sample.cpu()
-        return Decoded(x, plan, time.perf_counter() - start)
+    @property
+    def reading(self) -> Reading:
+        """How its samples are read."""
+        return Reading(
+            device=self.vae.device,
+            channels=self.vae.channels[0],
+            sampling_rate=getattr(self.vae, "sampling_rate", None),
+            downmix=getattr(self.options, "downmix", False),
+        )
 
     def describe(self) -> dict[str, Any]:
         """For the JSON document."""
@@ -88,41 +70,20 @@ class Model:
             "dtype": str(self.vae.dtype).removeprefix("torch."),
         }
 
-    def _plan(self, direction: Direction, shape: Sequence[int]) -> Plan:
-        make = self.vae.plan_encode if direction == "encode" else self.vae.plan_decode
-        plan = make(shape, memory_budget=self.options.memory_budget, tile=self.options.tile)
-        if self.options.plan:
-            self.console.say(in_shell_words(str(plan)), "")
-        return plan
-
-
-class Encoded(NamedTuple):
-    """Raw latents, the shape of the samples that were really encoded, how, and how long it took."""
-
-    z: Tensor
-    padded_shape: tuple[int, ...]
-    plan: Plan
-    seconds: float
-
-
-class Decoded(NamedTuple):
-    """Samples, how they were computed, and how long it took."""
-
-    x: Tensor
-    plan: Plan
-    seconds: float
-
 
 def compression(sample_shape: Sequence[int], latent_shape: Sequence[int]) -> float:
     """How many numbers of the samples one number of the latents stands for."""
     return math.prod(sample_shape) / math.prod(latent_shape)
 
 
-def plan_entry(plan: Plan) -> dict[str, Any]:
+def plan_entry(plan: Plan | None) -> dict[str, Any] | None:
     """A plan for the JSON document."""
+    if plan is None:
+        return None
     return {
         "mode": plan.mode,
         "tile": plan.tile,
+        "chunk": plan.chunk,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(plan.device),
         "peak_bytes": plan.peak_bytes,
@@ -141,6 +102,7 @@ def open_model(
 ) -> Model:
     """Load what the options name, or the miniature of a family for that media.
 
+    media: of the input.
     made_by: the network that made the latents to be decoded; it settles what the options leave open.
 
     Raises:
@@ -148,6 +110,8 @@ def open_model(
     """
     # Before the weights, which may be large.
     device = open_device(options.device)
+    if media != "video":
+        _check_options(options, media)
     family = options.family
     source, is_demo = options.model, options.model is None
     if source is None:
@@ -169,9 +133,31 @@ def open_model(
     )
     vae.config = replace(vae.config, fp16=options.fp16, use_tiling=options.tiling)
     medium = medium_of(registry.resolve(vae.family).component(vae.component).media)
-    if medium.media != media:
+    # Of a video file, a model of sound takes the sound.
+    if medium.media != media and (media, medium.media) != ("video", "audio"):
         raise CheckpointError(f"{source} is a model of {medium.media} ({vae.family}), the input is {media}")
+    _check_options(options, medium.media)
     return Model(vae=vae, source=source, is_demo=is_demo, medium=medium, console=console, options=options)
+
+
+def _check_options(options: argparse.Namespace, media: Media) -> None:
+    """Refuse options that would do nothing for that media."""
+    for option, kinds in _OPTIONS_OF.items():
+        value = getattr(options, option, None)
+        if value is not None and value is not False and media not in kinds:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} is for {' and '.join(kinds)}, this is {media}; leave it out")
+
+
+_OPTIONS_OF: dict[str, tuple[Media, ...]] = {
+    "tile": ("image", "video"),
+    "tiling": ("image", "video"),
+    "crf": ("video",),
+    "frame_rate": ("video",),
+    "sound": ("video",),
+    "no_sound": ("video",),
+    "downmix": ("audio",),
+}
 
 
 def open_device(name: str) -> torch.device:
@@ -218,14 +204,3 @@ def _open_variant(options: argparse.Namespace, source: str, made_by: Provenance)
     about = inspect(source, subfolder=options.subfolder, revision=options.revision)
     fitting = [each["variants"] for each in about["components"] if each["family"] == made_by.family]
     return made_by.variant if any(len(each) > 1 and made_by.variant in each for each in fitting) else None
-
-
-@contextmanager
-def _out_of_memory(plan: Plan) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise MemoryBudgetError(
-            f"{plan.direction} of {sizes(plan.input_shape)} ran out of memory;"
-            " pass --memory-budget, or --tile with a smaller tile"
-        ) from None

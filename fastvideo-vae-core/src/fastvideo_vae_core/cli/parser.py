@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -46,7 +47,7 @@ class _Version(argparse.Action):
 
 
 def _add_demo(commands: Any) -> argparse.ArgumentParser:
-    parser = _command(commands, "demo", "roundtrip:demo", "see a photograph go through a trained miniature and back")
+    parser = _command(commands, "demo", "roundtrip:demo", "see a photograph, clip or recording go through a miniature")
     parser.add_argument("--family", help="whose miniature (default: the first installed family that ships one)")
     parser.add_argument(
         "--output", "-o", type=Path, default=Path("demo-output"), metavar="DIR", help="where (default: ./demo-output)"
@@ -68,6 +69,8 @@ def _add_roundtrip(commands: Any) -> argparse.ArgumentParser:
     _add_model(parser)
     _add_execution(parser)
     _add_sampling(parser)
+    _add_video(parser).add_argument("--no-sound", action="store_true", help="leave out the sound of the input")
+    _add_sound(parser)
     return parser
 
 
@@ -83,6 +86,7 @@ def _add_encode(commands: Any) -> argparse.ArgumentParser:
     _add_model(parser)
     _add_execution(parser)
     _add_sampling(parser)
+    _add_sound(parser)
     return parser
 
 
@@ -97,6 +101,9 @@ def _add_decode(commands: Any) -> argparse.ArgumentParser:
     )
     _add_model(parser)
     _add_execution(parser)
+    video = _add_video(parser)
+    video.add_argument("--sound", type=Path, metavar="FILE", help="a file whose sound goes with the pictures")
+    video.add_argument("--frame-rate", type=_rate, metavar="RATE", help="such as 24 or 24000/1001, if not the latents'")
     return parser
 
 
@@ -157,7 +164,7 @@ def _add_place(parser: argparse._ActionsContainer) -> None:
 def _add_execution(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("execution")
     tiles = group.add_mutually_exclusive_group()
-    tiles.add_argument("--tiling", action="store_true", help="compute in tiles: less memory, the same result")
+    tiles.add_argument("--tiling", action="store_true", help="compute in tiles, the same result; holds a whole clip")
     tiles.add_argument("--tile", type=_positive, nargs=2, metavar=("H", "W"), help="tiles of that size, in pixels")
     group.add_argument("--memory-budget", metavar="SIZE", help="the quickest way that fits, such as 6GiB or 500MB")
     group.add_argument("--plan", action="store_true", help="print how it is computed, and the predicted peak of memory")
@@ -168,6 +175,26 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sample", action="store_true", help="draw from the posterior instead of taking its mode")
     group.add_argument("--seed", type=int, default=0, help="of --sample (default: 0)")
     group.add_argument("--no-pad", action="store_true", help="refuse sizes that the model cannot take, do not pad them")
+
+
+def _add_video(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("video")
+    group.add_argument(
+        "--crf", type=int, choices=range(52), metavar="0-51", help="loss of the encoder; 0 is least (default: 16)"
+    )
+    return group
+
+
+def _add_sound(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sound")
+    group.add_argument("--downmix", action="store_true", help="mix more channels than the model has down to those")
+
+
+def _rate(text: str) -> Fraction:
+    rate = Fraction(text)
+    if rate <= 0:
+        raise ValueError(text)
+    return rate
 
 
 def _positive(text: str) -> int:

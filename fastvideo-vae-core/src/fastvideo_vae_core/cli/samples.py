@@ -1,29 +1,166 @@
-"""What the commands do differently for each kind of media. One that is not in the table is refused."""
+"""What the commands need of each kind of media, as protocols; pictures.py, clips.py and sounds.py give it.
+
+Samples are (1, C, ...). Media that go on in time do so along axis 2 and come in pieces; a picture is one piece.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from fastvideo_vae_core.errors import FamilyError, MediaError
-from fastvideo_vae_core.family import Media
-from fastvideo_vae_core.media import media_kind
+from fastvideo_vae_core.cli.console import sizes
+from fastvideo_vae_core.errors import MediaError
+from fastvideo_vae_core.family import Media, load_object
+from fastvideo_vae_core.latents import LatentInfo
+from fastvideo_vae_core.media import ColorTags, media_kind
 from fastvideo_vae_core.media.files import readable
-from fastvideo_vae_core.media.images import read_image, write_image
-from fastvideo_vae_core.metrics import MS_SSIM_LEAST_SIDE, ms_ssim, psnr, ssim
-from fastvideo_vae_core.report import comparison_figure
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """The content of one file: x (1, C, ...) in [-1, 1], and the rate of its axis of time."""
+class Facts:
+    """What a file says beside its samples."""
 
-    x: Tensor
-    frame_rate: str | None = None
+    frame_rate: Fraction | None = None
     sampling_rate: int | None = None
+    pixel_aspect: Fraction = Fraction(1)
+    color: ColorTags | None = None
+
+    @classmethod
+    def of(cls, info: LatentInfo) -> Facts:
+        """What a latent file says of the file that it was made from.
+
+        Raises:
+            MediaError: a rate or an aspect is no positive number.
+        """
+        try:
+            color = None if info.color is None else ColorTags(**{**_UNTAGGED, **info.color})
+            rate = None if info.frame_rate is None else Fraction(info.frame_rate)
+            facts = cls(
+                frame_rate=rate,
+                sampling_rate=info.sampling_rate,
+                pixel_aspect=Fraction(info.pixel_aspect or 1),
+                color=color,
+            )
+            if facts.pixel_aspect <= 0 or any(rate is not None and rate <= 0 for rate in facts.rates):
+                raise ValueError(f"rates {facts.rates}, pixels {facts.pixel_aspect}")
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise MediaError(f"the latents say nonsense of their media ({error}); make them again") from None
+        return facts
+
+    @property
+    def rates(self) -> tuple[Fraction | int | None, ...]:
+        return self.frame_rate, self.sampling_rate
+
+    def entries(self) -> dict[str, Any]:
+        """As fields of LatentInfo, which are what JSON knows."""
+        color = {} if self.color is None else {name: tag for name, tag in vars(self.color).items() if tag is not None}
+        return {
+            "frame_rate": None if self.frame_rate is None else str(self.frame_rate),
+            "sampling_rate": self.sampling_rate,
+            "pixel_aspect": None if self.pixel_aspect == 1 else str(self.pixel_aspect),
+            "color": color or None,
+        }
+
+    def describe(self, shape: Sequence[int]) -> str:
+        """Samples of that shape, for people."""
+        size = sizes(shape[1:])
+        if self.frame_rate is not None:
+            return f"{size} ({float(shape[2] / self.frame_rate):.2f} s at {float(self.frame_rate):.5g} frames a second)"
+        if self.sampling_rate is not None:
+            return f"{size} ({shape[2] / self.sampling_rate:.2f} s at {self.sampling_rate} Hz)"
+        return size
+
+
+_UNTAGGED: dict[str, str | None] = {"matrix": None, "range": None, "primaries": None, "transfer": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a model takes.
+
+    Attributes:
+        device: where samples are wanted.
+        channels: of its samples.
+        sampling_rate: of its sound; None where it takes any.
+        downmix: whether sound of more channels may be mixed down.
+    """
+
+    device: torch.device
+    channels: int
+    sampling_rate: int | None
+    downmix: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How the options want media written.
+
+    Attributes:
+        crf: quality of video.
+        sound: a file whose sound goes with the pictures.
+    """
+
+    crf: int = 16
+    sound: Path | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, sound: Path | None) -> Writing:
+        return cls(sound=sound) if options.crf is None else cls(crf=options.crf, sound=sound)
+
+
+class Source(Protocol):
+    """A file that is being read.
+
+    Attributes:
+        facts: what it says beside its samples.
+        shape: (1, C, ...) of what has been read; 0 along axis 2 before the first read, where media go on in time.
+        expected: length along axis 2 in the end, if the file says it.
+        notes: what was done to its samples, for people.
+    """
+
+    facts: Facts
+    expected: int | None
+    notes: list[str]
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, count: int) -> Tensor:
+        """The next (1, C, count, ...) in [-1, 1]; fewer at the end, and none after it. A picture comes whole."""
+
+
+class Sink(Protocol):
+    """A file that is being written, whole or not at all.
+
+    Attributes:
+        notes: what the file could not hold, for people; complete when it is closed.
+    """
+
+    notes: list[str]
+
+    def write(self, y: Tensor) -> None:
+        """Append (1, C, ...)."""
+
+
+class Judge(Protocol):
+    """Looks at an original and its reconstruction piece by piece."""
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Take the next piece of both, (1, C, ...) in [-1, 1]."""
+
+    def metrics(self) -> dict[str, float]:
+        """What was lost: name of the metric -> value. At the end, once."""
+
+    def compare(self, path: Path, title: str, numbers: Mapping[str, str]) -> None:
+        """Write the picture that shows it, behind `metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,33 +170,31 @@ class Medium:
     Attributes:
         suffix: of a file whose name we choose.
         writable: suffixes that can be written.
-        read: a file to a sample.
-        write: a sample to a file, whole or not at all.
-        measure: what a reconstruction lost against its original, both (1, C, ...): name of the metric -> value.
-        compare: writes the picture that shows it, with a title and the metrics as people read them.
+        open: a file to read, for a model.
+        create: a file to write, of samples (1, C, ..., H, W) with these facts.
+        judge: of media with these facts.
         noun: what the shipped example is.
+        unit: what a progress bar counts, and how many there are in a length along axis 2; None for no bar.
     """
 
     media: Media
     suffix: str
     writable: tuple[str, ...]
-    read: Callable[[Path], Sample]
-    write: Callable[[Path, Sample], None]
-    measure: Callable[[Tensor, Tensor], dict[str, float]]
-    compare: Callable[[Path, Tensor, Tensor, str, Mapping[str, str]], None]
+    open: Callable[[Path, Reading], AbstractContextManager[Source]]
+    create: Callable[[Path, Facts, Sequence[int], Writing], AbstractContextManager[Sink]]
+    judge: Callable[[Facts], Judge]
     noun: str
+    unit: Literal["frame", "second"] | None = None
+
+    def count(self, length: int, facts: Facts) -> int:
+        """Units of a length along axis 2."""
+        return length // facts.sampling_rate if self.unit == "second" and facts.sampling_rate else length
 
 
 def medium_of(media: Media) -> Medium:
-    """How to handle that kind of media.
-
-    Raises:
-        FamilyError: the command line does not handle it.
-    """
-    if media not in _MEDIA:
-        known = " and ".join(_MEDIA)
-        raise FamilyError(f"the command line takes {known} so far, not {media}; load the family from Python instead")
-    return _MEDIA[media]
+    """How to handle that kind of media."""
+    medium: Medium = load_object(_MEDIA[media])
+    return medium
 
 
 def common_media(paths: Sequence[Path]) -> Media:
@@ -75,40 +210,8 @@ def common_media(paths: Sequence[Path]) -> Media:
     return next(iter(kinds))
 
 
-def _read_picture(path: Path) -> Sample:
-    return Sample(x=read_image(path).unsqueeze(0))
-
-
-def _write_picture(path: Path, sample: Sample) -> None:
-    write_image(path, sample.x[0])
-
-
-def _measure_pictures(x: Tensor, y: Tensor) -> dict[str, float]:
-    """The metrics that a picture of that size has."""
-    least, metrics = min(x.shape[-2:]), {"psnr": psnr(x, y)}
-    if least >= _SSIM_LEAST_SIDE:
-        metrics["ssim"] = ssim(x, y)
-    if least >= MS_SSIM_LEAST_SIDE:
-        metrics["ms_ssim"] = ms_ssim(x, y)
-    return {name: value.item() for name, value in metrics.items()}
-
-
-def _compare_pictures(path: Path, x: Tensor, y: Tensor, title: str, numbers: Mapping[str, str]) -> None:
-    comparison_figure(path, x[0], y[0], title=title, metrics=numbers)
-
-
-# One window.
-_SSIM_LEAST_SIDE = 11
-
-_MEDIA: dict[Media, Medium] = {
-    "image": Medium(
-        media="image",
-        suffix=".png",
-        writable=(".png", ".jpg", ".jpeg", ".webp"),
-        read=_read_picture,
-        write=_write_picture,
-        measure=_measure_pictures,
-        compare=_compare_pictures,
-        noun="photograph",
-    ),
+_MEDIA: dict[Media, str] = {
+    "image": "fastvideo_vae_core.cli.pictures:PICTURES",
+    "video": "fastvideo_vae_core.cli.clips:CLIPS",
+    "audio": "fastvideo_vae_core.cli.sounds:SOUNDS",
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         AudioInfo,
         AudioReader,
         AudioWriter,
+        Resampler,
         probe_audio,
         read_audio,
         resample,
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
     from fastvideo_vae_core.media.video import VideoInfo, VideoReader, VideoWriter, probe_video
 
 _HOME = {
-    "audio": ("AudioInfo", "AudioReader", "AudioWriter", "probe_audio", "read_audio", "resample", "write_audio"),
+    "audio": (
+        "AudioInfo",
+        "AudioReader",
+        "AudioWriter",
+        "Resampler",
+        "probe_audio",
+        "read_audio",
+        "resample",
+        "write_audio",
+    ),
     "color": ("ColorTags",),
     "files": ("atomic_output", "media_kind"),
     "images": ("from_uint8", "read_image", "to_uint8", "write_image"),
@@ -37,6 +47,7 @@ __all__ = [
     "AudioReader",
     "AudioWriter",
     "ColorTags",
+    "Resampler",
     "VideoInfo",
     "VideoReader",
     "VideoWriter",

@@ -5,6 +5,7 @@ C channels, S samples per channel; float32, full scale is [-1, 1]. Numpy arrays 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -95,21 +96,81 @@ def resample(x_CS: Tensor, from_rate: int, to_rate: int) -> Tensor:
     return resampled
 
 
+class Resampler:
+    """`resample` for sound that comes in blocks, with the same numbers and memory for one block and its surroundings.
+
+    `[*map(resampler.push, blocks), resampler.finish()]`, joined along the last axis, is `resample` of all blocks.
+
+    Raises:
+        MediaError: as `resample`.
+    """
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        resample(torch.zeros(1), from_rate, to_rate)  # refuses what cannot be done before anything is read
+        self._rates = from_rate, to_rate
+        common = math.gcd(from_rate, to_rate)
+        # The kernels repeat after so many samples, which become so many.
+        self._from, self._to = from_rate // common, to_rate // common
+        # torchaudio's sinc reaches six zero crossings of its cut-off, 0.99 of the lower rate, and one period further.
+        width = math.ceil(6 * self._from / (0.99 * min(self._from, self._to)))
+        self._context = (-(-width // self._from) + 1) * self._from
+        self._held: Tensor | None = None
+        self._lead = 0
+
+    def push(self, x: Tensor) -> Tensor:
+        """Take the next (..., S) and give what is finished, which may be nothing."""
+        if self._from == self._to:
+            return x
+        held = self._held = x if self._held is None else torch.cat([self._held, x], dim=-1)
+        ready = (held.shape[-1] - self._context - self._lead) // self._from * self._from
+        if ready <= 0:
+            return held[..., :0]
+        made = self._made(held, self._lead + ready)
+        # A copy, so that what is no longer needed can be released.
+        start = max(self._lead + ready - self._context, 0)
+        self._held, self._lead = held[..., start:].clone(), self._lead + ready - start
+        return made
+
+    def finish(self) -> Tensor:
+        """The rest."""
+        if self._held is None:
+            return torch.empty(0)
+        return self._made(self._held, self._held.shape[-1])
+
+    def _made(self, held: Tensor, stop: int) -> Tensor:
+        """What the samples up to `stop` become, behind those that were finished before."""
+        made = resample(held, *self._rates)
+        return made[..., self._lead // self._from * self._to : -(-stop * self._to // self._from)]
+
+
 class AudioReader:
     """Reads sound in blocks, with memory for one block.
 
     `with AudioReader("song.flac", block=48_000) as reader: for x_CS in reader: ...` yields (C, 48000) and a shorter
-    last block. Of a file with several tracks, `track` counts the sound tracks from 0 (PyAV formats only).
+    last block. Of a file with several tracks, `track` counts the sound tracks from 0 (PyAV formats only). With
+    `downmix`, more channels than that become "mono" or "stereo" by FFmpeg's rules, which follow ITU-R BS.775: centre
+    and surround at -3 dB, no low-frequency effects, and all of it so much lower that nothing can clip.
 
     Raises:
         MediaError: on opening, the file is missing or holds no such sound; while reading, it is truncated or broken.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, block: int = 1 << 16, track: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        block: int = 1 << 16,
+        track: int = 0,
+        downmix: Literal["mono", "stereo"] | None = None,
+    ) -> None:
         self._block = block
         source = readable(path)
         by_soundfile = source.suffix.lower() in _READ_BY_SOUNDFILE
         self._source: _Source = _SoundFileSource(source) if by_soundfile else FFmpegSource(source, track, None)
+        if downmix is not None and self._source.info.channels > (1 if downmix == "mono" else 2):
+            self._source.close()
+            # libsndfile does not tell which channel is which.
+            self._source = FFmpegSource(source, track, None, layout=downmix)
         self.info = self._source.info
 
     def read(self, samples: int) -> Tensor:
@@ -227,7 +288,7 @@ class _SoundFileSource:
 class FFmpegSource:
     """One sound track through PyAV, at its own rate or at `rate`."""
 
-    def __init__(self, path: Path, track: int, rate: int | None) -> None:
+    def __init__(self, path: Path, track: int, rate: int | None, layout: str | None = None) -> None:
         av: Any = require("av", "media")
         self._path, self._resampled = path, rate is not None
         with ffmpeg_errors(path, "read"):
@@ -240,14 +301,17 @@ class FFmpegSource:
         context = stream.codec_context
         duration = None if stream.duration is None else stream.duration * stream.time_base
         self.start = Fraction(stream.start_time or 0) * stream.time_base
+        target = av.AudioLayout(layout or context.layout)
         self.info = AudioInfo(
             sample_rate=rate or context.sample_rate,
-            channels=len(context.layout.channels),
+            channels=len(target.channels),
             samples=None,
             duration=duration,
             codec=context.name,
         )
-        self._blocks = self._decode(stream, av.AudioResampler("fltp", context.layout, self.info.sample_rate))
+        # FFmpeg mixes floating point without lowering it, and integers so that nothing can clip.
+        sample_format = "fltp" if layout is None else "s32p"
+        self._blocks = self._decode(stream, av.AudioResampler(sample_format, target, self.info.sample_rate))
         self._pending: Samples = np.empty((self.info.channels, 0), np.float32)
 
     def _decode(self, stream: Any, resampler: Any) -> Iterator[Samples]:
@@ -256,12 +320,12 @@ class FFmpegSource:
         held: list[Samples] = []
         stated = 0
         for packet in self._container.demux(stream):
-            blocks = [block.to_ndarray() for frame in packet.decode() for block in resampler.resample(frame)]
+            blocks = [_floats(block) for frame in packet.decode() for block in resampler.resample(frame)]
             if packet.size:
                 yield from held
                 held, stated = [], (packet.duration or 0) if states_length else 0
             held += blocks
-        held += [block.to_ndarray() for block in resampler.resample(None)]
+        held += [_floats(block) for block in resampler.resample(None)]
         if held:
             last: Samples = np.concatenate(held, axis=1)
             yield last[:, : round(stated * stream.time_base * self.info.sample_rate)] if stated else last
@@ -278,6 +342,11 @@ class FFmpegSource:
 
     def close(self) -> None:
         self._container.close()
+
+
+def _floats(block: Any) -> Samples:
+    samples: np.ndarray[Any, Any] = block.to_ndarray()
+    return samples if samples.dtype == np.float32 else (samples / 2.0**31).astype(np.float32)
 
 
 class _Sink(Protocol):

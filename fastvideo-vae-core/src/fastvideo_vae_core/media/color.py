@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastvideo_vae_core.errors import MediaError
 from fastvideo_vae_core.media.files import require
@@ -115,7 +116,8 @@ class ToRGB:
     """Decoded frame -> (3, H, W) whole levels from 0 to `white`, in the file's own orientation.
 
     The matrix is as tagged; for untagged video BT.601 below 720 lines and BT.709 from there on, as players do. The
-    range is as tagged, else limited. 8-bit video gives uint8; deeper video gives uint16 of 10 or 12 bits.
+    range is as tagged, else limited. 8-bit video gives uint8; deeper video gives int16 of 10 or 12 bits, a type that
+    every device has.
 
     Raises:
         MediaError: a matrix without a plain inverse, or a later frame of another size or format.
@@ -133,7 +135,8 @@ class ToRGB:
             raise MediaError(f"{path} has the colour matrix {matrix}, which has no plain inverse; convert it to bt709")
         # The scale filter widens a limited range to 255 shifted left, a full one to all ones.
         self.white = (1 << depth) - 1 if full else 255 << (depth - 8)
-        self._dtype = np.dtype(np.uint8 if depth == 8 else np.uint16)
+        self._dtype = np.dtype(np.uint8 if depth == 8 else np.int16)
+        self.dtype = torch.uint8 if depth == 8 else torch.int16
         source = f"in_color_matrix={_SCALE_MATRICES[matrix]}:in_range={'pc' if full else 'tv'}"
         chroma = f"in_h_chr_pos={128 if codec in _CENTRED_CHROMA_CODECS else 0}:in_v_chr_pos=128"
         out = "gbrp" if depth == 8 else f"gbrp{depth}le"

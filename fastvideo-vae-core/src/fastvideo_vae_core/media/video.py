@@ -78,19 +78,19 @@ class VideoReader:
     """Reads a video in chunks, with memory for one chunk.
 
     `with VideoReader("clip.mp4", chunk=16) as reader: for x_CTHW in reader: ...` yields float32 (3, 16, H, W) in
-    [-1, 1] and a shorter last chunk. Video of 8, 10 or 12 bits keeps its precision. Colours follow the tags (see
-    ToRGB). Rotation is applied. Interlaced frames stay woven. A file that ends well before the duration that its track
-    states (Matroska does) gives its frames with a warning.
+    [-1, 1] and a shorter last chunk, on `device`; levels travel there as integers. Video of 8, 10 or 12 bits keeps its
+    precision. Colours follow the tags (see ToRGB). Rotation is applied. Interlaced frames stay woven. A file that ends
+    well before the duration that its track states (Matroska does) gives its frames with a warning.
 
     Raises:
         MediaError: on opening, the file is missing, broken, without pictures, or in a colour matrix that has no plain
             inverse (ICtCp, YCgCo, constant luminance); while reading, it is truncated, broken or changes its size.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, chunk: int = 16) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, chunk: int = 16, device: torch.device | str = "cpu") -> None:
         av: Any = require("av", "media")
         source = readable(path)
-        self._path, self._chunk = path, chunk
+        self._path, self._chunk, self._device = path, chunk, device
         variable_frame_rate = _variable_frame_rate(source)
         with ffmpeg_errors(path, "read"):
             self._container = av.open(str(source))
@@ -108,9 +108,11 @@ class VideoReader:
     def read(self, frames: int) -> Tensor:
         """The next (3, frames, H, W); fewer at the end of the file, and (3, 0, H, W) after it."""
         levels = list(islice(self._frames, frames))
-        x_CTHW = torch.empty(3, len(levels), self.info.height, self.info.width)
+        shape = (3, len(levels), self.info.height, self.info.width)
+        levels_CTHW = torch.empty(shape, dtype=self._to_rgb.dtype)
         for t, levels_CHW in enumerate(levels):
-            x_CTHW[:, t] = levels_CHW
+            levels_CTHW[:, t] = levels_CHW
+        x_CTHW = levels_CTHW.to(self._device).to(torch.float32)
         return x_CTHW.div_(self._to_rgb.white / 2).sub_(1).clamp_(max=1)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -133,14 +135,20 @@ class VideoReader:
         return levels_CHW.rot90(-self.info.rotation // 90, (1, 2))
 
     def _decode(self) -> Iterator[Any]:
-        end, period = 0.0, float(1 / _frame_rate(self._stream))
+        end, period, frames = 0.0, float(1 / _frame_rate(self._stream)), 0
         with ffmpeg_errors(self._path, "read"):
             for packet in self._container.demux(self._stream):
                 if packet.is_corrupt:
                     raise MediaError(f"{self._path} is truncated or broken in its pictures; copy the file again")
                 for frame in packet.decode():
                     end = end if frame.time is None else max(end, frame.time + period)
+                    frames += 1
                     yield frame
+        stream = self._stream
+        # MP4 says at its beginning what it holds; where the cut falls between two frames, nothing else tells of it.
+        whole = stream.duration * stream.time_base if stream.duration and stream.frames else 0
+        if frames < stream.frames and end < whole - period / 2:
+            raise MediaError(f"{self._path} is truncated: {frames} of {stream.frames} frames are there; copy it again")
         stated = _stated_duration(self._stream)
         if stated is not None and end < stated - 2 * period:
             message = f"{self._path} ends after {end:.2f} of {float(stated):.2f} seconds; it may be truncated"
