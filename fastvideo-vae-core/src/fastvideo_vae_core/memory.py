@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastvideo_vae_core.errors import ConfigError
 
+# What PyTorch's allocator on GPUs rounds every tensor up to.
+_BLOCK = 512
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -72,7 +74,7 @@ class _LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
+        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)

@@ -43,7 +43,7 @@ class Model:
     def name(self) -> str:
         """For people: the family, and which of its checkpoints."""
         made_by = self.vae.provenance
-        which = "its shipped miniature" if self.is_demo else made_by.variant or Path(self.source).name
+        which = "its miniature" if self.is_demo else made_by.variant or Path(self.source).name
         return f"{made_by.family} ({which})"
 
     @property

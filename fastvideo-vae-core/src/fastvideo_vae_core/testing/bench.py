@@ -111,7 +111,7 @@ class Row:
 
 
 class Table:
-    """Rows as they are measured, so that a failure later loses none.
+    """Rows as they are measured, so that a failure later loses none; each time the whole goes to $PARITY_TABLE, if set.
 
     footnote: what the columns are, behind date, machine and versions.
     """
@@ -119,6 +119,11 @@ class Table:
     def __init__(self, bench: Bench, footnote: str, reference: str = "diffusers") -> None:
         self.bench, self.footnote, self.reference = bench, footnote, reference
         self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.bench.on_gpu and (path := os.environ.get("PARITY_TABLE")):
+            Path(path).write_text(f"{self}\n", encoding="utf-8")
 
     def __str__(self) -> str:
         titles = [f"{self.reference} → ours", *(item.metadata["title"] for item in fields(Row)[1:-1]), "speed-up", ""]
@@ -134,10 +139,8 @@ class Table:
 
     @contextmanager
     def published(self, config: Any) -> Iterator[Table]:
-        """At the end, write the table to $PARITY_TABLE if that is set, and print it past the capture of pytest."""
+        """At the end, print the table past the capture of pytest."""
         yield self
-        if path := os.environ.get("PARITY_TABLE"):
-            Path(path).write_text(f"{self}\n", encoding="utf-8")
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             print(f"\n\n{self}\n")
 
@@ -204,6 +207,12 @@ def alone(
         reserved=(_NAN, reserved),
         note=note,
     )
+
+
+def check_accuracy(row: Row) -> None:
+    """As close to float64 as the reference is in the same type, and a little luck; or at rounding in float32."""
+    theirs, ours = row.distance
+    assert ours <= max(1.05 * theirs, 1e-5), row
 
 
 @contextmanager

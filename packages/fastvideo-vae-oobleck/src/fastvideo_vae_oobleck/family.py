@@ -38,4 +38,6 @@ FAMILY = Family(
             official_config="model_config.json",
         ),
     ),
+    demo="demo",
+    demo_media="demo/recording.ogg",
 )
