@@ -21,8 +21,8 @@ class Plan:
 
     Attributes:
         direction: "encode" or "decode".
-        mode: "whole", or "tiled" with exact halos and global statistics. "blended" is another function of the input, for
-            who must match published numbers.
+        mode: "whole", or "tiled" with exact halos and global statistics, or "blended", which is another function of the
+            input, for those who must match published numbers.
         input_shape, output_shape: of the whole call; for encode the output is the mean of the posterior.
         items: how many items of the batch are computed at a time.
         tile: extent of a tile along each axis behind (B, C), in elements of the grid that is being computed.

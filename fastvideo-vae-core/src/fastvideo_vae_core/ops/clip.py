@@ -11,6 +11,8 @@ lie innermost in memory (`torch.channels_last_3d`).
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -101,8 +103,10 @@ class Reading(NamedTuple):
     repeats: tuple[int, int, int] = (1, 1, 1)
 
     def fuses(self, piece: Tensor, run: Run) -> bool:
-        """Whether the norm can be a part of a kernel."""
-        return self.norm is None or (self.moments is not None and run.fuses(piece, self.norm.weight))
+        """Whether a kernel can do it."""
+        if self.norm is None:
+            return self.repeats == (1, 1, 1)
+        return self.moments is not None and run.fuses(piece, self.norm.weight)
 
     def of(self, piece: Tensor, first: bool) -> Tensor:
         """The definition."""
@@ -148,7 +152,12 @@ class CausalConv(nn.Module):
             made = F.conv3d(data.movedim(-1, 1), conv.weight, bias, conv.stride)
         else:
             weight = conv.weight.transpose(1, 2).flatten(1, 2)
-            made = unstack(F.conv2d(stack(data), weight, bias, conv.stride[1:]), data)
+            made = F.conv2d(stack(data), weight, bias, conv.stride[1:])
+        if made.is_meta:
+            # Without numbers a convolution makes plain results of channels-last weights too.
+            frames = data.shape[1] if self.slots > 1 else made.shape[2]
+            return made.view(len(data), frames, *made.shape[-2:], -1).movedim(-1, 1)
+        made = made if self.slots == 1 else unstack(made, data)
         return made.contiguous(memory_format=torch.channels_last_3d)
 
     def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
@@ -178,7 +187,7 @@ class Pointwise(nn.Module):
 
 def convolved(
     x: Clip,
-    conv: CausalConv,
+    conv: CausalConv | _FoldedConv,
     run: Run,
     reading: Reading | None = None,
     *,
@@ -205,6 +214,71 @@ def convolved(
             yield from window.convolve(conv.conv.bias if bias else None)
 
 
+def upsampled(x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int]) -> Iterator[Tensor]:
+    """The convolution of a clip whose positions are repeated, piece by piece; the clip is empty afterwards. Of the
+    first frame there is one.
+
+    repeats: 1 or 2 for frames, rows and columns.
+    """
+    if not run.fuses(x.pieces[0], conv.conv.weight):
+        yield from convolved(x, conv, run, Reading(repeats=repeats))
+        return
+    surplus = repeats[0] - 1
+    for piece in convolved(x, _FoldedConv(conv, repeats), run):
+        yield piece[:, :, surplus:]
+        surplus = 0
+
+
+class _FoldedConv:
+    """A convolution of repeated positions, on the positions themselves: taps that would see the same one are added up.
+
+    Of three taps over pairs of equal positions two remain, but other two for each of a pair, so that these are
+    convolutions of their own, side by side in the channels. With all axes repeated it has 8 of 27 multiplications.
+    """
+
+    slots = 1
+
+    def __init__(self, conv: CausalConv, repeats: tuple[int, int, int]) -> None:
+        self.conv, self.border, self.repeats = conv.conv, conv.border, repeats
+        self._limits = conv
+        weights = [self.conv.weight.float()]
+        # A frame is the second that stands for its position, and the one before it, by causality, the first of the
+        # next; of rows and columns the first comes first.
+        for axis, times in enumerate(repeats):
+            order = -1 if axis == 0 else 1
+            weights = [each for weight in weights for each in _folded(weight, axis + 2, times)[::order]]
+        self.weight = torch.cat(weights).to(self.conv.weight.dtype)
+        self.taps = self.weight.shape[2]
+
+    def __call__(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+        """The frames that a window, with its borders, is enough for; in front of the first one there is another."""
+        bias = None if bias is None else bias.repeat(math.prod(self.repeats))
+        made = F.conv3d(data.movedim(-1, 1), self.weight, bias)
+        if made.is_meta:
+            made = made.view(len(data), *made.shape[2:], -1).movedim(-1, 1)
+        sides = rows_of(made).unflatten(-1, (*self.repeats, -1))
+        frames, height, width = made.shape[2], *(size - 2 * self.border for size in data.shape[2:4])
+        time, vertical, horizontal = self.repeats
+        sizes = (frames * time, height * vertical, width * horizontal)
+        grown = made.new_empty(len(data), *sizes, self.conv.out_channels)
+        for t, y, x in itertools.product(*map(range, self.repeats)):
+            # The second of a pair begins one position later.
+            grown[:, t::time, y::vertical, x::horizontal] = sides[:, :, y : y + height, x : x + width, t, y, x]
+        return grown.movedim(-1, 1)
+
+    def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
+        """How many frames of x it takes at a time."""
+        return self._limits.frames(x, self.repeats, run)
+
+
+def _folded(weight: Tensor, axis: int, times: int) -> tuple[Tensor, ...]:
+    """Weights for the first and the second of two equal positions; for one, the weight itself."""
+    if times == 1:
+        return (weight,)
+    before, here, behind = weight.unbind(axis)
+    return torch.stack((before, here + behind), axis), torch.stack((before + here, behind), axis)
+
+
 def repeated(x: Tensor, repeats: tuple[int, int, int], first: bool) -> Tensor:
     """Each position of x (B, C, T, H, W) repeated, of the first frame of a clip only the rows and columns."""
     if repeats == (1, 1, 1):
@@ -223,11 +297,13 @@ class _Passing:
     The definition has them as (B, C, F, H, W), kernels as `ops.causal.Window`, in memory that is used again and again.
     """
 
-    def __init__(self, conv: CausalConv, reading: Reading, run: Run) -> None:
+    def __init__(self, conv: CausalConv | _FoldedConv, reading: Reading, run: Run) -> None:
         self.conv, self.reading, self.run = conv, reading, run
         self._data: Tensor | Window | None = None
         self._held: Tensor | None = None
         self._room: Tensor | None = None
+        # How many frames the last window had there.
+        self._last = 0
         self._affine: tuple[Tensor, Tensor] | None = None
 
     def write(self, part: Tensor) -> None:
@@ -261,16 +337,22 @@ class _Passing:
             yield made
 
     def _filled(self, part: Tensor) -> Window:
-        conv, (time, *space), held = self.conv, self.reading.repeats, self._held
+        conv, held = self.conv, self._held
         batch, channels, frames = part.shape[:3]
         lead = conv.taps - 1 if held is None else 0
         shift = lead if held is None else held.shape[1]
-        frames = frames * time - (time - 1 if held is None else 0)
-        sizes = (size * each + 2 * conv.border for size, each in zip(part.shape[3:], space, strict=True))
-        # A copy, because the window may be written where these frames lie.
-        held = None if held is None else held.clone()
-        self._held = None
-        data = self._space(part, (batch, shift + frames - conv.slots + 1, *sizes, conv.slots * channels))
+        sizes = (size + 2 * conv.border for size in part.shape[3:])
+        shape = (batch, shift + frames - conv.slots + 1, *sizes, conv.slots * channels)
+        room = self._room
+        if room is None or batch > 1 or room.shape[1] < shape[1]:
+            # The frames that are held lie there.
+            held = None if held is None else held.clone()
+            self._room = self._held = room = None
+            self._room = room = part.new_empty(shape)
+        elif held is not None and (conv.slots > 1 or 2 * shift > self._last):
+            held = held.clone()
+        self._held, self._last = None, shape[1]
+        data = room[:, : shape[1]]
         window = Window(data, taps=conv.slots, shift=shift, stride=1)
         if held is not None:
             window.remember(held)
@@ -280,15 +362,8 @@ class _Passing:
             from fastvideo_vae_core.ops.kernels.clip import fill
 
             rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
-            fill(window, rows, self._affine, lead=lead, border=conv.border, repeats=self.reading.repeats)
+            fill(window, rows, self._affine, lead=lead, border=conv.border)
         return window
-
-    def _space(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Memory for a window: the last one's, where a window of that length is dense in it."""
-        if self._room is None or shape[0] > 1 or self._room.shape[1] < shape[1]:
-            self._room = None
-            self._room = like.new_empty(shape)
-        return self._room[:, : shape[1]]
 
 
 _FUSED = (torch.float16, torch.bfloat16)

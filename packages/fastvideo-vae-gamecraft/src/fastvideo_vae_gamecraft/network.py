@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.attention import FrameCausalAttention, GridAttention
 from fastvideo_vae_core.ops.causal import rows_of
-from fastvideo_vae_core.ops.clip import CausalConv, Clip, Pointwise, Reading, Run, convolved
+from fastvideo_vae_core.ops.clip import CausalConv, Clip, Pointwise, Reading, Run, convolved, upsampled
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.norm import Moments
 from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
@@ -234,7 +234,7 @@ class Upsample(nn.Module):
         self.repeats = repeats
 
     def forward(self, x: Clip, run: Run) -> Clip:
-        return Clip(list(convolved(x, self.conv, run, Reading(repeats=self.repeats))))
+        return Clip(list(upsampled(x, self.conv, run, self.repeats)))
 
     def step(self, name: str, run: Run) -> Step:
         time, *space = self.repeats

@@ -1,5 +1,4 @@
-"""The window of a causal convolution, filled from a piece of a clip in one pass over memory: norm, SiLU, repetition and
-borders.
+"""The window of a causal convolution, filled from a piece of a clip in one pass over memory: norm, SiLU and borders.
 
 The definition is `ops.clip.Reading.of` behind a padding that repeats the border; the kernel computes in float32 and
 rounds once.
@@ -17,32 +16,20 @@ from fastvideo_vae_core.ops.causal import Window
 _TILE = 4096
 
 
-def fill(
-    window: Window,
-    rows: Tensor,
-    affine: tuple[Tensor, Tensor] | None,
-    *,
-    lead: int,
-    border: int,
-    repeats: tuple[int, int, int],
-) -> None:
+def fill(window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, lead: int, border: int) -> None:
     """Write silu(rows * scale + offset), or the rows, behind the frames that a window remembers.
 
     window: of frames with `border` more positions at each side, which repeat the nearest one.
     rows: (B, T, H, W, C), dense. affine: scale and offset (B, C), float32.
-    lead: how often the first frame comes in front of itself; where it does, a clip begins, and `repeats` leaves one
-        of the first frame.
+    lead: how often the first frame comes in front of itself.
     """
     batch, frames, height, width, channels = rows.shape
-    time, vertical, horizontal = repeats
     out = window.data
-    made = lead + frames * time - (time - 1 if lead else 0)
-    padded = (vertical * height + 2 * border, horizontal * width + 2 * border)
-    positions = padded[0] * padded[1]
+    positions = (height + 2 * border) * (width + 2 * border)
     columns = int(triton.next_power_of_2(channels))
     block = max(_TILE // columns, 1)
     scale, offset = (rows, rows) if affine is None else affine
-    _fill_kernel[(triton.cdiv(positions, block), batch * made)](
+    _fill_kernel[(triton.cdiv(positions, block), batch * (lead + frames))](
         rows,
         scale,
         offset,
@@ -50,18 +37,13 @@ def fill(
         frames,
         height,
         width,
-        made,
         out.shape[1],
         window.shift,
         positions,
-        padded[1],
         C=channels,
         SLOTS=window.taps,
         LEAD=lead,
         BORDER=border,
-        TIME=time,
-        VERTICAL=vertical,
-        HORIZONTAL=horizontal,
         AFFINE=affine is not None,
         BLOCK=block,
         COLUMNS=columns,
@@ -78,35 +60,28 @@ def _fill_kernel(
     frames,
     height,
     width,
-    made,
     out_frames,
     shift,
     positions,
-    padded_width,
     C: tl.constexpr,
     SLOTS: tl.constexpr,
     LEAD: tl.constexpr,
     BORDER: tl.constexpr,
-    TIME: tl.constexpr,
-    VERTICAL: tl.constexpr,
-    HORIZONTAL: tl.constexpr,
     AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One block of positions of one frame of the window."""
     program = tl.program_id(1).to(tl.int64)
+    made = frames + LEAD
     item, t = program // made, program % made - LEAD
+    across = width + 2 * BORDER
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, COLUMNS)[None, :]
     here = (position < positions)[:, None] & (column < C)
-    y = tl.minimum(tl.maximum(position // padded_width - BORDER, 0), height * VERTICAL - 1) // VERTICAL
-    x = tl.minimum(tl.maximum(position % padded_width - BORDER, 0), width * HORIZONTAL - 1) // HORIZONTAL
-    # Of the first frame of a clip there is only the last repetition.
-    frame = tl.maximum(t, 0) // TIME
-    if LEAD > 0:
-        frame = (tl.maximum(t, 0) + TIME - 1) // TIME
-    source = ((item * frames + frame) * height + y) * width + x
+    y = tl.minimum(tl.maximum(position // across - BORDER, 0), height - 1)
+    x = tl.minimum(tl.maximum(position % across - BORDER, 0), width - 1)
+    source = ((item * frames + tl.maximum(t, 0)) * height + y) * width + x
     value = tl.load(x_ptr + source[:, None] * C + column, mask=here, other=0.0)
     if AFFINE:
         scale = tl.load(scale_ptr + item * C + column, mask=column < C, other=0.0)
