@@ -247,7 +247,8 @@ class _FoldedConv:
         for axis, times in enumerate(repeats):
             order = -1 if axis == 0 else 1
             weights = [each for weight in weights for each in _folded(weight, axis + 2, times)[::order]]
-        self.weight = torch.cat(weights).to(self.conv.weight.dtype)
+        weight = torch.cat(weights).to(self.conv.weight.dtype)
+        self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
         self.taps = self.weight.shape[2]
 
     def __call__(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:

@@ -155,7 +155,11 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         return replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole clip"))
 
     def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        run = Run(plan.device, self._numbers(plan.direction, plan.input_shape, plan.chunk))
+        latents = (plan.output_shape if plan.direction == "encode" else plan.input_shape)[2]
+        numbers = None
+        if plan.chunk is not None and plan.chunk < latents:
+            numbers = self._numbers(plan.direction, plan.input_shape, plan.chunk)
+        run = Run(plan.device, numbers)
         if plan.tile is not None:
             steps = self.encode_steps(run) if plan.direction == "encode" else self.decode_steps(run)
             return run_steps(steps, x, plan.tile)
@@ -171,21 +175,24 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _chunk(
         self, direction: Direction, shape: Sequence[int], output: Sequence[int], asked: int | None
     ) -> int | None:
-        """Latent frames whose finest grid a convolution takes at a time; None: all."""
+        """Latent frames whose finest grid a convolution takes at a time; None where there is one."""
         if asked is not None and asked < 1:
             raise ConfigError(f"a piece needs at least one latent frame, got chunk={asked}")
-        latent = self._numbers(direction, shape, 1)
-        assert latent is not None
-        chunk = max(_PIECE_BYTES // (latent * self._half_dtype(direction).itemsize), 1) if asked is None else asked
-        return chunk if chunk < (output if direction == "encode" else shape)[2] else None
-
-    def _numbers(self, direction: Direction, shape: Sequence[int], chunk: int | None) -> int | None:
-        """How many numbers the finest grid has for that many latent frames, where it is widest."""
-        if chunk is None:
+        latents = (output if direction == "encode" else shape)[2]
+        if latents == 1:
             return None
+        if asked is None and self.device.type == "cpu":
+            # Where pieces save memory too, but cost time.
+            return latents
+        latent_bytes = self._numbers(direction, shape, 1) * self._half_dtype(direction).itemsize
+        return min(max(_PIECE_BYTES // latent_bytes, 1) if asked is None else asked, latents)
+
+    def _numbers(self, direction: Direction, shape: Sequence[int], chunk: int) -> int:
+        """How many numbers the finest grid has for that many latent frames, where it is widest."""
         ratio = 1 if direction == "encode" else self.arch.spatial_compression_ratio
         height, width = (size * ratio for size in shape[3:])
-        return chunk * self.arch.temporal_compression_ratio * height * width * max(self.arch.block_out_channels[:2])
+        widest = max(self.arch.block_out_channels[:2])
+        return chunk * self.arch.temporal_compression_ratio * height * width * widest
 
 
 def _arch(config: VAEConfig) -> HunyuanVideoArchConfig:
