@@ -164,10 +164,11 @@ class CausalConv(nn.Module):
         """How many frames of x it takes at a time."""
         if run.numbers is None:
             return x.shape[2]
-        positions = x.shape[3] * repeats[1] * x.shape[4] * repeats[2]
-        wanted = run.numbers // (positions * max(self.conv.in_channels, self.conv.out_channels))
-        # Libraries count in 32 bits.
-        most = (1 << 31) // (x.shape[0] * positions * self.conv.in_channels * self.slots) - self.taps
+        height, width = x.shape[3] * repeats[1], x.shape[4] * repeats[2]
+        wanted = run.numbers // (height * width * max(self.conv.in_channels, self.conv.out_channels))
+        # Libraries count the numbers of a window in 32 bits.
+        frame = x.shape[0] * (height + 2 * self.border) * (width + 2 * self.border) * self.conv.in_channels
+        most = ((1 << 31) - 1) // (frame * self.slots) - (self.taps - self.slots)
         return max(min(wanted, most) // repeats[0], 1)
 
 
