@@ -241,7 +241,7 @@ class _FoldedConv:
 
     def __init__(self, conv: CausalConv, repeats: tuple[int, int, int]) -> None:
         self.conv, self.border, self.repeats = conv.conv, conv.border, repeats
-        self._limits = conv
+        self._plain = conv
         weights = [self.conv.weight.float()]
         # A frame is the second that stands for its position, and the one before it, by causality, the first of the
         # next; of rows and columns the first comes first.
@@ -270,7 +270,7 @@ class _FoldedConv:
 
     def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
         """How many frames of x it takes at a time."""
-        return self._limits.frames(x, self.repeats, run)
+        return self._plain.frames(x, self.repeats, run)
 
 
 def _folded(weight: Tensor, axis: int, times: int) -> tuple[Tensor, ...]:

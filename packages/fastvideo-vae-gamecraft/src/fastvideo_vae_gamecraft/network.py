@@ -169,7 +169,7 @@ class ResnetBlock(nn.Module):
         )
 
     def _first(self, x: Clip, run: Run, moments: Moments | None, skip: list[Tensor] | None = None) -> Clip:
-        fuses = run.fuses(x.pieces[0], self.conv1.conv.weight)
+        fuses = _fuses(x, self.norm1, self.conv1, run)
         pieces = convolved(
             x,
             self.conv1,
@@ -181,7 +181,7 @@ class ResnetBlock(nn.Module):
         return Clip(list(pieces), bias=self.conv1.conv.bias if fuses else None)
 
     def _second(self, residual: Clip, skip: list[Tensor], run: Run, moments: Moments | None) -> Clip:
-        fuses = run.fuses(residual.pieces[0], self.conv2.conv.weight)
+        fuses = _fuses(residual, self.norm2, self.conv2, run)
         bias = self.conv2.conv.bias if fuses else None
         made = []
         reading = Reading(self.norm2, moments, residual.bias)
@@ -278,6 +278,11 @@ def _known(grid: Tensor, norm: nn.GroupNorm, run: Run, moments: Moments | None) 
     """A crop as a clip, with the moments of the whole grid, or its own where none are given."""
     clip = Clip([grid])
     return clip, run, clip.moments(norm, run) if moments is None else moments
+
+
+def _fuses(x: Clip, norm: nn.GroupNorm, conv: CausalConv, run: Run) -> bool:
+    """Whether a norm and a convolution run in kernels, which can leave a bias to the one that reads next."""
+    return all(run.fuses(x.pieces[0], weight) for weight in (norm.weight, conv.conv.weight))
 
 
 def _next(pieces: list[Tensor], frames: int) -> Tensor:
