@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -12,7 +12,7 @@ import torch
 from fastvideo_vae_core.memory import format_bytes
 
 Direction = Literal["encode", "decode"]
-Mode = Literal["whole", "tiled"]
+Mode = Literal["whole", "tiled", "blended"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,14 @@ class Plan:
 
     Attributes:
         direction: "encode" or "decode".
-        mode: "whole", or "tiled" with exact halos and global statistics.
+        mode: "whole", or "tiled" with exact halos and global statistics, or "blended", which is another function of the
+            input, for those who must match published numbers.
         input_shape, output_shape: of the whole call; for encode the output is the mean of the posterior.
         items: how many items of the batch are computed at a time.
         tile: extent of a tile along each axis behind (B, C), in elements of the grid that is being computed.
-        chunk: latent frames at a time behind the first one, which comes alone, where networks stream; else None.
+        chunk: latent frames at a time, where networks run in pieces of frames; else None. Where they stream, the first
+            one comes alone.
+        blend: how tiles overlap in mode "blended", as the family describes it; else None.
         dtype: of the arithmetic.
         device: where it runs.
         retry: compute again in float32 when the result is not finite.
@@ -42,6 +45,7 @@ class Plan:
     device: torch.device
     retry: bool
     chunk: int | None = None
+    blend: Hashable | None = None
     notes: tuple[str, ...] = ()
     _predict: Callable[[Plan], int] = field(repr=False, compare=False)
 
@@ -67,6 +71,8 @@ class Plan:
             yield f"tiles of {_sizes(self.tile)}"
         if self.chunk is not None:
             yield f"{self.chunk} latent frames at a time"
+        if self.blend is not None:
+            yield str(self.blend)
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.norm import group_norm
+
+# Queries, keys and values (B, 1, N, C) to what the values mix to.
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class GridAttention(nn.Module):
@@ -23,7 +29,35 @@ class GridAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._attend(x, F.scaled_dot_product_attention)
+
+    def _attend(self, x: Tensor, mix: Mix) -> Tensor:
         tokens = group_norm(x, self.group_norm).flatten(2).transpose(1, 2)
         q, k, v = (layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        mixed = mix(q, k, v).squeeze(1)
         return self.to_out[0](mixed).transpose(1, 2).reshape(x.shape) + x
+
+
+class FrameCausalAttention(GridAttention):
+    """The same over a clip (B, C, T, H, W), where a position sees its own frame and the frames before it."""
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        frame = x_BCTHW.shape[3] * x_BCTHW.shape[4]
+        return self._attend(x_BCTHW, lambda q, k, v: prefix_attention(q, k, v, frame))
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """Attention (B, heads, N, C) in which a position sees its own block of positions and the blocks before it.
+
+    A mask would have N^2 entries. Each block attends to its prefix instead, which is half the work and no memory.
+    """
+    starts = range(0, q.shape[-2], block)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(
+                q[..., start : start + block, :], k[..., : start + block, :], v[..., : start + block, :]
+            )
+            for start in starts
+        ],
+        dim=-2,
+    )

@@ -50,7 +50,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, moments: Moments | None = None) ->
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     # y = x * scale + offset, one multiply-add an element, in at least float32 as PyTorch's own kernel does.
     compute = torch.promote_types(x.dtype, torch.float32)
-    scale, offset = (each.to(compute).view(*each.shape, *[1] * (x.ndim - 2)) for each in _affine(norm, moments))
+    scale, offset = (each.to(compute).view(*each.shape, *[1] * (x.ndim - 2)) for each in affine_of(norm, moments))
     return torch.addcmul(offset, x.to(compute), scale).to(x.dtype)
 
 
@@ -64,7 +64,7 @@ def group_norm_act(
     return F.silu(y, inplace=True) if act is F.silu and not y.requires_grad else act(y)
 
 
-def _affine(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
+def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
     """The norm by given moments as y = x * scale + offset, float64 (B, C) each."""
     rstd = (moments.spread / moments.size + norm.eps).rsqrt()
     channels = norm.num_channels // norm.num_groups
@@ -88,7 +88,7 @@ def _on_gpu(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool) 
 
     if moments is None:
         return kernels.group_norm_silu(x, norm, silu)
-    scale, offset = _affine(norm, moments)
+    scale, offset = affine_of(norm, moments)
     return kernels.apply_affine(x, scale.float(), offset.float(), silu)
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops.norm import Moments
+
 # Elements that a program holds at a time, and programs an image is cut into: enough to fill any GPU, few enough that
 # the partial moments stay small.
 _TILE = 8192
@@ -37,8 +39,28 @@ def apply_affine(x: Tensor, scale_BC: Tensor, offset_BC: Tensor, silu: bool) -> 
     return y
 
 
-def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """The norm as a multiplication and an addition for each item and channel, float32 (B, C) each."""
+def moments(x: Tensor, groups: int, bias: Tensor | None = None) -> Moments:
+    """Moments of x (B, C, ...), in channels-last layout, with a bias (C) added to it; float64 from the sums of a few
+    thousand rows on."""
+    rows_BNC = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
+    partial, share = _partial_moments(rows_BNC)
+    means_BPC, spreads_BPC = partial.double()
+    rows, programs = rows_BNC.shape[1], means_BPC.shape[1]
+    if bias is not None:
+        means_BPC = means_BPC + bias.double()
+    # Every program has its share, but for the last one.
+    sizes_P = torch.full((programs,), float(share), dtype=torch.float64, device=x.device)
+    sizes_P[-1:] = rows - share * (programs - 1)
+    means_BPGW, spreads_BPGW = (each.unflatten(-1, (groups, -1)) for each in (means_BPC, spreads_BPC))
+    weights_P = (sizes_P / rows).view(-1, 1, 1)
+    means_BG = (means_BPGW * weights_P).sum(1).mean(-1)
+    gaps_BPGW = means_BPGW - means_BG[:, None, :, None]
+    spreads_BG = (spreads_BPGW + gaps_BPGW.square() * sizes_P.view(-1, 1, 1)).sum((1, 3))
+    return Moments(rows * (x.shape[1] // groups), means_BG, spreads_BG)
+
+
+def _partial_moments(rows_BNC: Tensor) -> tuple[Tensor, int]:
+    """Means and spreads (2, B, P, C) of the channels in each program's share of the rows, and how many rows that is."""
     batch, rows, channels = rows_BNC.shape
     block = _block(channels)
     tile = max(_TILE // block, 1)
@@ -48,6 +70,14 @@ def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     _moments_kernel[(programs, batch)](
         rows_BNC, partial[0], partial[1], rows, share, channels, tile, block, num_warps=8
     )
+    return partial, share
+
+
+def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """The norm as a multiplication and an addition for each item and channel, float32 (B, C) each."""
+    batch, rows, channels = rows_BNC.shape
+    partial, share = _partial_moments(rows_BNC)
+    programs = partial.shape[2]
     affine = torch.empty((2, batch, channels), dtype=torch.float32, device=rows_BNC.device)
     width = channels // norm.num_groups
     _merge_kernel[(norm.num_groups, batch)](

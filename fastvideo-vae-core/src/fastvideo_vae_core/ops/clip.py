@@ -1,0 +1,372 @@
+"""Causal convolutions with repeated borders, over a whole clip that is there only once.
+
+Where normalisations span the clip, every feature map has to exist as a whole before the next layer can begin. Here it
+is a list of pieces of frames, and a layer releases each piece as it reads it; only windows and results of single pieces
+exist beside it.
+
+Shape legend: B batch, C channels, T frames, H, W. Pieces are (B, C, T, H, W). Where kernels are fused their channels
+lie innermost in memory (`torch.channels_last_3d`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
+from fastvideo_vae_core.ops.norm import Moments, affine_of, group_norm_act
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one call goes through a network.
+
+    Attributes:
+        device: where it runs; that of the tensors, but for a rehearsal on the meta device.
+        numbers: the most numbers of an item that a convolution reads or makes at a time; None: no bound.
+    """
+
+    device: torch.device
+    numbers: int | None = None
+
+    def fuses(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the kernels of this device are to be used, rather than the definitions."""
+        differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return self.device.type == "cuda" and _HAS_TRITON and x.dtype in _FUSED and not differentiates
+
+
+@dataclass
+class Clip:
+    """The feature map of a whole clip, in pieces that go when they are read.
+
+    Attributes:
+        pieces: (B, C, T, H, W) each, one behind the other in time.
+        bias: of each channel, which is still to be added by who reads the pieces; it saves a pass over memory.
+    """
+
+    pieces: list[Tensor]
+    bias: Tensor | None = None
+
+    def joined(self) -> Tensor:
+        """The feature map in one tensor; the clip is empty afterwards."""
+        pieces, self.pieces = self.pieces, []
+        if self.bias is not None:
+            # Pieces with a pending bias are new and belong to nobody else.
+            pieces = [piece.add_(self.bias.view(-1, 1, 1, 1)) for piece in pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+    def moments(self, norm: nn.GroupNorm, run: Run) -> Moments | None:
+        """Statistics of the whole clip for a norm. None where the whole will be normalised in one go, which takes them
+        itself."""
+        fuses = run.fuses(self.pieces[0], norm.weight)
+        if len(self.pieces) == 1 and run.numbers is None and not fuses:
+            return None
+        total: Moments | None = None
+        for piece in self.pieces:
+            own = self._moments_of(piece, norm.num_groups, fuses)
+            total = own if total is None else total.merge(own)
+        return total
+
+    def _moments_of(self, piece: Tensor, groups: int, fuses: bool) -> Moments:
+        if not fuses:
+            return Moments.of(piece if self.bias is None else piece + self.bias.view(-1, 1, 1, 1), groups)
+        if piece.is_meta:
+            mean, spread = piece.new_empty(2, piece.shape[0], groups, dtype=torch.float64)
+            return Moments(piece[0].numel() // groups, mean, spread)
+        # Imported here because Triton takes a second to import and only GPUs need it.
+        from fastvideo_vae_core.ops.kernels.group_norm import moments
+
+        return moments(piece.contiguous(memory_format=torch.channels_last_3d), groups, self.bias)
+
+
+class Reading(NamedTuple):
+    """What a convolution sees of the pieces of a clip: silu(norm(piece + bias)), or without a norm the positions of the
+    piece, repeated.
+
+    Attributes:
+        moments: of the whole clip; None: the piece is the whole.
+        repeats: how often each frame, row and column comes. The first frame of a clip comes once.
+    """
+
+    norm: nn.GroupNorm | None = None
+    moments: Moments | None = None
+    bias: Tensor | None = None
+    repeats: tuple[int, int, int] = (1, 1, 1)
+
+    def fuses(self, piece: Tensor, run: Run) -> bool:
+        """Whether a kernel can do it."""
+        if self.norm is None:
+            return self.repeats == (1, 1, 1)
+        return self.moments is not None and run.fuses(piece, self.norm.weight)
+
+    def of(self, piece: Tensor, first: bool) -> Tensor:
+        """The definition."""
+        if self.bias is not None:
+            piece = piece + self.bias.view(-1, 1, 1, 1)
+        if self.norm is not None:
+            return group_norm_act(piece, self.norm, F.silu, self.moments)
+        return repeated(piece, self.repeats, first)
+
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """The norm behind the bias as y = x * scale + offset, float32 (B, C) each."""
+        if self.norm is None:
+            return None
+        assert self.moments is not None
+        scale, offset = affine_of(self.norm, self.moments)
+        if self.bias is not None:
+            offset = offset + scale * self.bias.double()
+        return scale.float(), offset.float()
+
+
+class CausalConv(nn.Module):
+    """A convolution whose output frame sees no later input frame. Beyond the borders, and before the first frame, the
+    nearest position is repeated.
+
+    (B, C, T, H, W) -> (B, O, ceil(T / stride), ceil(H / stride), ceil(W / stride)). Parameters lie under `conv`, as in
+    diffusers. `convolved` runs it over a clip.
+    """
+
+    def __init__(self, before: int, after: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(before, after, kernel, stride)
+        self.taps = kernel
+        self.border = kernel // 2
+        # Frames that lie side by side in the channels of a fused window, see `ops.causal.stacks`.
+        self.slots = kernel if stride[0] == 1 and stacks(before, (kernel,) * 3) else 1
+
+    def forward(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+        """The frames that a window, with its borders, is enough for."""
+        conv = self.conv
+        if not fused:
+            return F.conv3d(data, conv.weight, bias, conv.stride)
+        if self.slots == 1:
+            made = F.conv3d(data.movedim(-1, 1), conv.weight, bias, conv.stride)
+        else:
+            weight = conv.weight.transpose(1, 2).flatten(1, 2)
+            made = F.conv2d(stack(data), weight, bias, conv.stride[1:])
+        if made.is_meta:
+            # Without numbers a convolution makes plain results of channels-last weights too.
+            frames = data.shape[1] if self.slots > 1 else made.shape[2]
+            return made.view(len(data), frames, *made.shape[-2:], -1).movedim(-1, 1)
+        made = made if self.slots == 1 else unstack(made, data)
+        return made.contiguous(memory_format=torch.channels_last_3d)
+
+    def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
+        """How many frames of x it takes at a time."""
+        if run.numbers is None:
+            return x.shape[2]
+        height, width = x.shape[3] * repeats[1], x.shape[4] * repeats[2]
+        wanted = run.numbers // (height * width * max(self.conv.in_channels, self.conv.out_channels))
+        # Libraries count the numbers of a window in 32 bits.
+        frame = x.shape[0] * (height + 2 * self.border) * (width + 2 * self.border) * self.conv.in_channels
+        most = ((1 << 31) - 1) // (frame * self.slots) - (self.taps - self.slots)
+        return max(min(wanted, most) // repeats[0], 1)
+
+
+class Pointwise(nn.Module):
+    """A linear map of the channels of each position. Parameters lie under `conv`, as in diffusers."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(before, after, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = rows_of(x)
+        if rows.stride(-1) == 1 and x.stride(-1) != 1:
+            return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).movedim(-1, 1)
+        return self.conv(x)
+
+
+def convolved(
+    x: Clip,
+    conv: CausalConv | _FoldedConv,
+    run: Run,
+    reading: Reading | None = None,
+    *,
+    bias: bool = True,
+    passed: Callable[[Tensor], object] | None = None,
+) -> Iterator[Tensor]:
+    """The convolution of what it reads of a clip, piece by piece; the clip is empty afterwards.
+
+    bias: whether to add the convolution's own.
+    passed: is given each part of the clip when it has been read, before it is convolved; a convolution without stride
+        gives one piece for each part.
+    """
+    window = _Passing(conv, Reading() if reading is None else reading, run)
+    while x.pieces:
+        parts = deque(x.pieces[0].split(conv.frames(x.pieces[0], window.reading.repeats, run), 2))
+        del x.pieces[0]
+        while parts:
+            part = parts.popleft()
+            window.write(part)
+            if passed is not None:
+                passed(part)
+            # So that it can go before there is its result.
+            del part
+            yield from window.convolve(conv.conv.bias if bias else None)
+
+
+def upsampled(x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int]) -> Iterator[Tensor]:
+    """The convolution of a clip whose positions are repeated, piece by piece; the clip is empty afterwards. Of the
+    first frame there is one.
+
+    repeats: 1 or 2 for frames, rows and columns.
+    """
+    if not run.fuses(x.pieces[0], conv.conv.weight):
+        yield from convolved(x, conv, run, Reading(repeats=repeats))
+        return
+    surplus = repeats[0] - 1
+    for piece in convolved(x, _FoldedConv(conv, repeats), run):
+        yield piece[:, :, surplus:]
+        surplus = 0
+
+
+class _FoldedConv:
+    """A convolution of repeated positions, on the positions themselves: taps that would see the same one are added up.
+
+    Of three taps over pairs of equal positions two remain, but other two for each of a pair, so that these are
+    convolutions of their own, side by side in the channels. With all axes repeated it has 8 of 27 multiplications.
+    """
+
+    slots = 1
+
+    def __init__(self, conv: CausalConv, repeats: tuple[int, int, int]) -> None:
+        self.conv, self.border, self.repeats = conv.conv, conv.border, repeats
+        self._plain = conv
+        weights = [self.conv.weight.float()]
+        # A frame is the second that stands for its position, and the one before it, by causality, the first of the
+        # next; of rows and columns the first comes first.
+        for axis, times in enumerate(repeats):
+            order = -1 if axis == 0 else 1
+            weights = [each for weight in weights for each in _folded(weight, axis + 2, times)[::order]]
+        weight = torch.cat(weights).to(self.conv.weight.dtype)
+        self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        self.taps = self.weight.shape[2]
+
+    def __call__(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+        """The frames that a window, with its borders, is enough for; in front of the first one there is another."""
+        bias = None if bias is None else bias.repeat(math.prod(self.repeats))
+        made = F.conv3d(data.movedim(-1, 1), self.weight, bias)
+        if made.is_meta:
+            made = made.view(len(data), *made.shape[2:], -1).movedim(-1, 1)
+        sides = rows_of(made).unflatten(-1, (*self.repeats, -1))
+        frames, height, width = made.shape[2], *(size - 2 * self.border for size in data.shape[2:4])
+        time, vertical, horizontal = self.repeats
+        sizes = (frames * time, height * vertical, width * horizontal)
+        grown = made.new_empty(len(data), *sizes, self.conv.out_channels)
+        for t, y, x in itertools.product(*map(range, self.repeats)):
+            # The second of a pair begins one position later.
+            grown[:, t::time, y::vertical, x::horizontal] = sides[:, :, y : y + height, x : x + width, t, y, x]
+        return grown.movedim(-1, 1)
+
+    def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
+        """How many frames of x it takes at a time."""
+        return self._plain.frames(x, self.repeats, run)
+
+
+def _folded(weight: Tensor, axis: int, times: int) -> tuple[Tensor, ...]:
+    """Weights for the first and the second of two equal positions; for one, the weight itself."""
+    if times == 1:
+        return (weight,)
+    before, here, behind = weight.unbind(axis)
+    return torch.stack((before, here + behind), axis), torch.stack((before + here, behind), axis)
+
+
+def repeated(x: Tensor, repeats: tuple[int, int, int], first: bool) -> Tensor:
+    """Each position of x (B, C, T, H, W) repeated, of the first frame of a clip only the rows and columns."""
+    if repeats == (1, 1, 1):
+        return x
+    time, height, width = repeats
+    batch, channels, frames = x.shape[:3]
+    cells = x[:, :, :, None, :, None, :, None].expand(-1, -1, -1, time, -1, height, -1, width)
+    y = cells.reshape(batch, channels, frames * time, x.shape[3] * height, x.shape[4] * width)
+    return y[:, :, time - 1 :] if first else y
+
+
+class _Passing:
+    """What a convolution has in front of it while a clip passes by: the frames that it still needs, then those of a
+    part, all with their borders.
+
+    The definition has them as (B, C, F, H, W), kernels as `ops.causal.Window`, in memory that is used again and again.
+    """
+
+    def __init__(self, conv: CausalConv | _FoldedConv, reading: Reading, run: Run) -> None:
+        self.conv, self.reading, self.run = conv, reading, run
+        self._data: Tensor | Window | None = None
+        self._held: Tensor | None = None
+        self._room: Tensor | None = None
+        # How many frames the last window had there.
+        self._last = 0
+        self._affine: tuple[Tensor, Tensor] | None = None
+
+    def write(self, part: Tensor) -> None:
+        """Put a part behind the frames that are still needed."""
+        if self.run.fuses(part, self.conv.conv.weight) and self.reading.fuses(part, self.run):
+            self._data = self._filled(part)
+            return
+        before, border = self.conv.taps - 1 if self._held is None else 0, self.conv.border
+        made = F.pad(self.reading.of(part, self._held is None), [border] * 4 + [before, 0], mode="replicate")
+        self._data = made if self._held is None else torch.cat([self._held, made], 2)
+
+    def convolve(self, bias: Tensor | None) -> Iterator[Tensor]:
+        """What the window is enough for; frames that are not needed any more go."""
+        data, taps, stride = self._data, self.conv.taps, self.conv.conv.stride[0]
+        self._data = None
+        if isinstance(data, Window):
+            frames = data.data.shape[1] + data.taps - 1
+        else:
+            assert data is not None
+            frames = data.shape[2]
+        count = max((frames - taps) // stride + 1, 0)
+        left = frames - count * stride
+        if isinstance(data, Window):
+            made = self.conv(data.data, bias, True) if count else None
+            self._held = data.last(left)
+        else:
+            made = self.conv(data, bias, False) if count else None
+            self._held = data[:, :, -left:].clone()
+        del data
+        if made is not None:
+            yield made
+
+    def _filled(self, part: Tensor) -> Window:
+        conv, held = self.conv, self._held
+        batch, channels, frames = part.shape[:3]
+        lead = conv.taps - 1 if held is None else 0
+        shift = lead if held is None else held.shape[1]
+        sizes = (size + 2 * conv.border for size in part.shape[3:])
+        shape = (batch, shift + frames - conv.slots + 1, *sizes, conv.slots * channels)
+        room = self._room
+        if room is None or batch > 1 or room.shape[1] < shape[1]:
+            # The frames that are held lie there.
+            held = None if held is None else held.clone()
+            self._room = self._held = room = None
+            self._room = room = part.new_empty(shape)
+        elif held is not None and (conv.slots > 1 or 2 * shift > self._last):
+            held = held.clone()
+        self._held, self._last = None, shape[1]
+        data = room[:, : shape[1]]
+        window = Window(data, taps=conv.slots, shift=shift, stride=1)
+        if held is not None:
+            window.remember(held)
+        if self._affine is None:
+            self._affine = self.reading.affine()
+        if not part.is_meta:
+            from fastvideo_vae_core.ops.kernels.clip import fill
+
+            rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
+            fill(window, rows, self._affine, lead=lead, border=conv.border)
+        return window
+
+
+_FUSED = (torch.float16, torch.bfloat16)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,0 +1,96 @@
+"""The window of a causal convolution, filled from a piece of a clip in one pass over memory: norm, SiLU and borders.
+
+The definition is `ops.clip.Reading.of` behind a padding that repeats the border; the kernel computes in float32 and
+rounds once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvideo_vae_core.ops.causal import Window
+
+# Elements that one program holds.
+_TILE = 4096
+
+
+def fill(window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, lead: int, border: int) -> None:
+    """Write silu(rows * scale + offset), or the rows, behind the frames that a window remembers.
+
+    window: of frames with `border` more positions at each side, which repeat the nearest one.
+    rows: (B, T, H, W, C), dense. affine: scale and offset (B, C), float32.
+    lead: how often the first frame comes in front of itself.
+    """
+    batch, frames, height, width, channels = rows.shape
+    out = window.data
+    positions = (height + 2 * border) * (width + 2 * border)
+    columns = int(triton.next_power_of_2(channels))
+    block = max(_TILE // columns, 1)
+    scale, offset = (rows, rows) if affine is None else affine
+    _fill_kernel[(triton.cdiv(positions, block), batch * (lead + frames))](
+        rows,
+        scale,
+        offset,
+        out,
+        frames,
+        height,
+        width,
+        out.shape[1],
+        window.shift,
+        positions,
+        C=channels,
+        SLOTS=window.taps,
+        LEAD=lead,
+        BORDER=border,
+        AFFINE=affine is not None,
+        BLOCK=block,
+        COLUMNS=columns,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _fill_kernel(
+    x_ptr,
+    scale_ptr,
+    offset_ptr,
+    out_ptr,
+    frames,
+    height,
+    width,
+    out_frames,
+    shift,
+    positions,
+    C: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LEAD: tl.constexpr,
+    BORDER: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One block of positions of one frame of the window."""
+    program = tl.program_id(1).to(tl.int64)
+    made = frames + LEAD
+    item, t = program // made, program % made - LEAD
+    across = width + 2 * BORDER
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)[None, :]
+    here = (position < positions)[:, None] & (column < C)
+    y = tl.minimum(tl.maximum(position // across - BORDER, 0), height - 1)
+    x = tl.minimum(tl.maximum(position % across - BORDER, 0), width - 1)
+    source = ((item * frames + tl.maximum(t, 0)) * height + y) * width + x
+    value = tl.load(x_ptr + source[:, None] * C + column, mask=here, other=0.0)
+    if AFFINE:
+        scale = tl.load(scale_ptr + item * C + column, mask=column < C, other=0.0)
+        offset = tl.load(offset_ptr + item * C + column, mask=column < C, other=0.0)
+        wide = value.to(tl.float32) * scale + offset
+        value = (wide * tl.sigmoid(wide)).to(out_ptr.dtype.element_ty)
+    row = position.to(tl.int64)[:, None]
+    for slot in tl.static_range(SLOTS):
+        # e[t + shift] is slot `slot` of that frame.
+        target = t + shift - slot
+        at = ((item * out_frames + target) * positions + row) * (SLOTS * C) + slot * C + column
+        tl.store(out_ptr + at, value, mask=here & (target >= 0) & (target < out_frames))

@@ -1,0 +1,204 @@
+"""The causal video autoencoder of Hunyuan-GameCraft and HunyuanVideo.
+
+Shape legend: B batch, C channels; T frames, H, W pixels; t, h, w latents.
+Source: Tencent-Hunyuan/Hunyuan-GameCraft-1.0 `hymm_sp/vae/autoencoder_kl_causal_3d.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
+from fastvideo_vae_core.errors import ConfigError
+from fastvideo_vae_core.latents import scale_latents, unscale_latents
+from fastvideo_vae_core.ops.clip import Clip, Run
+from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.tiling import Axis, Step, run_steps
+from fastvideo_vae_core.vae import ParallelTiledVAE
+from fastvideo_vae_gamecraft import blending
+from fastvideo_vae_gamecraft.blending import Blend
+from fastvideo_vae_gamecraft.config import HunyuanVideoArchConfig
+from fastvideo_vae_gamecraft.network import Decoder, Encoder, pointwise_step
+
+
+class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
+    """Video in [-1, 1] to a diagonal Gaussian over latents, and back.
+
+    (B, 3, T, H, W) -> (B, 16, 1 + (T - 1) / 4, H / 8, W / 8); T = 4k + 1, H and W multiples of 8. For example
+    (1, 3, 33, 704, 1216) -> (1, 16, 9, 88, 152). The decoder does not clamp. `VAEConfig(illegal_sizes="official")`
+    takes any T, H and W, as the official code does, and gives 1 + (T - 1) // 4 latent frames and latents of what is
+    left of 8 pixels too.
+
+    Norms and attention span the clip, so a clip is computed as a whole, and a video that is cut is another video. The
+    official code and diffusers cut nevertheless; `enable_blending` reproduces their numbers.
+
+    Raises:
+        ShapeError: T is not 4k + 1, H or W is no multiple of the compression ratio, or the channels do not fit.
+    """
+
+    family = "gamecraft"
+    encoder_modules = ("encoder", "quant_conv")
+    decoder_modules = ("decoder", "post_quant_conv")
+    sample_layout = "(B, C, T, H, W)"
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__(config)
+        arch = self.arch = _arch(config)
+        z = arch.latent_channels
+        self.blend: Blend | None = None
+        if config.load_encoder:
+            self.encoder = Encoder(arch)
+            self.quant_conv = nn.Conv3d(2 * z, 2 * z, 1)
+        if config.load_decoder:
+            self.decoder = Decoder(arch)
+            self.post_quant_conv = nn.Conv3d(z, z, 1)
+
+    @property
+    def sample_axes(self) -> tuple[Axis, ...]:
+        time, space = self.arch.temporal_compression_ratio, self.arch.spatial_compression_ratio
+        return (Axis(up=time, lead=time - 1), Axis(up=space), Axis(up=space))
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return self.arch.in_channels, self.arch.latent_channels
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels along each side of a latent, where diffusers' pipelines look for it."""
+        return self.arch.spatial_compression_ratio
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """Frames of a latent, where diffusers' pipelines look for it."""
+        return self.arch.temporal_compression_ratio
+
+    def encoded_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the latents of samples of that shape; see `ParallelTiledVAE.encoded_shape`."""
+        # Sizes that do not divide get here only where the configuration wants the official behaviour.
+        space = self.arch.spatial_compression_ratio
+        return (*super().encoded_shape(shape)[:3], *(-(-size // space) for size in shape[3:]))
+
+    def posterior(self, parameters: Tensor) -> DiagonalGaussianDistribution:
+        return DiagonalGaussianDistribution(parameters)
+
+    def normalize_latents(self, z: Tensor) -> Tensor:
+        """z * scaling."""
+        return scale_latents(z, self.arch.scaling_factor)
+
+    def denormalize_latents(self, z: Tensor) -> Tensor:
+        """z / scaling."""
+        return unscale_latents(z, self.arch.scaling_factor)
+
+    def enable_blending(self, blend: Blend) -> None:
+        """Cut into overlapping tiles and blend them from now on: published numbers, not the network's own."""
+        self.config = replace(self.config, use_tiling=False)
+        self.blend = blend
+
+    def disable_blending(self) -> None:
+        """Compute whole clips from now on."""
+        self.blend = None
+
+    def plan_encode(self, shape: Sequence[int], *, blend: Blend | None = None, **options: Any) -> Plan:
+        """Say how `encode` would compute samples of that shape.
+
+        blend: overlapping tiles instead of the whole, see `enable_blending`.
+        options: as in `ParallelTiledVAE.plan_encode`, which has the errors too. `chunk` is in latent frames: how much
+            of the finest grid a convolution takes at a time.
+
+        Raises:
+            ConfigError: a blend, which brings its own tiles, beside a tile or a budget; or tiles of odd sizes.
+        """
+        return self._plan("encode", tuple(shape), blend=blend, **options)
+
+    def plan_decode(self, shape: Sequence[int], *, blend: Blend | None = None, **options: Any) -> Plan:
+        """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
+        return self._plan("decode", tuple(shape), blend=blend, **options)
+
+    def encode_steps(self, run: Run | None = None) -> list[Step]:
+        run = Run(self.device) if run is None else run
+        return [*self.encoder.steps(run), pointwise_step("quant_conv", self.quant_conv)]
+
+    def decode_steps(self, run: Run | None = None) -> list[Step]:
+        run = Run(self.device) if run is None else run
+        return [pointwise_step("post_quant_conv", self.post_quant_conv), *self.decoder.steps(run)]
+
+    def _encode(self, x_BCTHW: Tensor, run: Run | None = None) -> Tensor:
+        run = Run(x_BCTHW.device) if run is None else run
+        return self.quant_conv(self.encoder(Clip([x_BCTHW]), run).joined())
+
+    def _decode(self, z_BCthw: Tensor, run: Run | None = None) -> Tensor:
+        run = Run(z_BCthw.device) if run is None else run
+        return self.decoder(Clip([self.post_quant_conv(z_BCthw)]), run).joined()
+
+    def _plan(
+        self,
+        direction: Direction,
+        shape: tuple[int, ...],
+        memory_budget: int | str | None = None,
+        tile: Sequence[int] | None = None,
+        items: int | None = None,
+        chunk: int | None = None,
+        blend: Blend | None = None,
+    ) -> Plan:
+        blend = self.blend if blend is None else blend
+        plan = super()._plan(direction, shape, memory_budget, tile, items, chunk)
+        if blend is None:
+            return plan
+        if memory_budget is not None or plan.tile is not None:
+            raise ConfigError(f"a blend ({blend}) brings its own tiles; leave out tiling and budgets")
+        blend.check(self.arch.temporal_compression_ratio, self.arch.spatial_compression_ratio)
+        return replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole clip"))
+
+    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
+        latents = (plan.output_shape if plan.direction == "encode" else plan.input_shape)[2]
+        numbers = None
+        if plan.chunk is not None and plan.chunk < latents:
+            numbers = self._numbers(plan.direction, plan.input_shape, plan.chunk)
+        run = Run(plan.device, numbers)
+        if plan.tile is not None:
+            steps = self.encode_steps(run) if plan.direction == "encode" else self.decode_steps(run)
+            return run_steps(steps, x, plan.tile)
+
+        def network(part: Tensor) -> Tensor:
+            return self._encode(part, run) if plan.direction == "encode" else self._decode(part, run)
+
+        if not isinstance(plan.blend, Blend):
+            return network(x)
+        ratios = self.arch.temporal_compression_ratio, self.arch.spatial_compression_ratio
+        return blending.run(network, x, plan.blend, plan.direction, *ratios)
+
+    def _chunk(
+        self, direction: Direction, shape: Sequence[int], output: Sequence[int], asked: int | None
+    ) -> int | None:
+        """Latent frames whose finest grid a convolution takes at a time; None where there is one."""
+        if asked is not None and asked < 1:
+            raise ConfigError(f"a piece needs at least one latent frame, got chunk={asked}")
+        latents = (output if direction == "encode" else shape)[2]
+        if latents == 1:
+            return None
+        if asked is None and self.device.type == "cpu":
+            # Where pieces save memory too, but cost time.
+            return latents
+        latent_bytes = self._numbers(direction, shape, 1) * self._half_dtype(direction).itemsize
+        return min(max(_PIECE_BYTES // latent_bytes, 1) if asked is None else asked, latents)
+
+    def _numbers(self, direction: Direction, shape: Sequence[int], chunk: int) -> int:
+        """How many numbers the finest grid has for that many latent frames, where it is widest."""
+        ratio = 1 if direction == "encode" else self.arch.spatial_compression_ratio
+        height, width = (size * ratio for size in shape[3:])
+        widest = max(self.arch.block_out_channels[:2])
+        return chunk * self.arch.temporal_compression_ratio * height * width * widest
+
+
+def _arch(config: VAEConfig) -> HunyuanVideoArchConfig:
+    assert isinstance(config.arch_config, HunyuanVideoArchConfig)
+    return config.arch_config
+
+
+# Bytes of what a convolution takes at a time: larger pieces gain nothing in speed.
+_PIECE_BYTES = 1 << 30
