@@ -44,9 +44,13 @@ def demo(arguments: Sequence[str]) -> None:
 
 
 def test(arguments: Sequence[str]) -> None:
-    """set up, then run the tests; arguments go to pytest"""
+    """set up, then run the tests, a process for each core up to four; arguments go to pytest"""
     sync([])
-    run(uv(), "run", "--no-sync", "pytest", *arguments)
+    # A file at a time, since its tests share what is slow to make. One thread for each process, or they would wait for
+    # each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    processes = str(min(os.cpu_count() or 1, 4))
+    run(uv(), "run", "--no-sync", "pytest", "--numprocesses", processes, "--dist", "loadfile", *arguments)
 
 
 def sync(arguments: Sequence[str]) -> None:
