@@ -212,9 +212,10 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         for index, level in enumerate(encoder.down_blocks):
             stride = level.downsamplers[0].stride
             first, patch = index == 0, encoder.patch if index == 0 else 1
-            # Every convolution sees one position more on each side.
-            halo = (2 * len(level.resnets) + 1 + first) * patch
-            space = Axis(down=patch * stride[1], before=halo, after=halo)
+            # Every convolution sees one position more on each side; whole steps of the stride, so that crops divide.
+            down_by = patch * stride[1]
+            halo = down_by * -(-(2 * len(level.resnets) + 1 + first) // stride[1])
+            space = Axis(down=down_by, before=halo, after=halo)
 
             def down(x: Tensor, cache: Cache, level: DownLevel = level, first: bool = first) -> Tensor:
                 return level(encoder.begin(x, cache) if first else x, cache)
