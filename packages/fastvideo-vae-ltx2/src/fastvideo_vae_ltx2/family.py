@@ -43,10 +43,16 @@ _VOCODER = (
         markers=(("resnets.0.convs1.0.weight", 3), ("vocoder.resnets.0.convs1.0.weight", 3)),
         rules=f"{_PACKAGE}.checkpoint:diffusers_vocoder_rules",
     ),
+    # With bandwidth extension a name behind the prefix may begin with the prefix once more, so it comes first.
     Layout(
         name="ltx",
-        # With bandwidth extension the names behind the prefix begin with the prefix once more.
-        markers=(("vocoder.resblocks.0.convs1.0.weight", 3), ("resblocks.0.convs1.0.weight", 3)),
+        markers=(("bwe_generator.resblocks.0.convs1.0.weight", 3),),
+        prefixes=("vocoder.", ""),
+        rules=f"{_PACKAGE}.checkpoint:vocoder_rules",
+    ),
+    Layout(
+        name="ltx",
+        markers=(("resblocks.0.convs1.0.weight", 3),),
         prefixes=("vocoder.", ""),
         rules=f"{_PACKAGE}.checkpoint:vocoder_rules",
     ),
