@@ -129,7 +129,8 @@ def diffusers_twin() -> Callable[[Any], Any]:
         known = inspect.signature(kind.__init__).parameters
         with torch.device("meta"):
             twin = kind(**{name: each for name, each in model.arch.to_dict().items() if name in known})
-        state = dict(model.state_dict())
+        # Copies, because ours puts its weights into an order in memory of its own.
+        state = {name: each.clone() for name, each in model.state_dict().items()}
         if "mel_stft.mel_basis" in state:
             # A buffer that nothing reads, and one that is in no checkpoint.
             state["mel_stft.stft_fn.inverse_basis"] = torch.zeros_like(state["mel_stft.stft_fn.forward_basis"])
