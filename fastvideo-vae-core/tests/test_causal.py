@@ -200,7 +200,8 @@ with torch.no_grad():
                 errors[f"{shape} {stacked} {history is None}"] = float((window.data - expected.data).abs().max())
         for stacked in (False, True):
             for border in ("zeros", "reflect"):
-                conv, cache = CausalConv3d(shape[1], 4, edge="copies", ahead=1, border=border), Cache(torch.device("cpu"))
+                cache = Cache(torch.device("cpu"))
+                conv = CausalConv3d(shape[1], 4, edge="copies", ahead=1, border=border)
                 conv.stacked, cache.last = stacked, True
                 modulation = Modulation(*torch.randn(2, shape[0], shape[1])) if stacked else None
                 window, expected = conv.window(x, cache), conv.window(x, cache)

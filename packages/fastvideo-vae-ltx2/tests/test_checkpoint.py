@@ -101,7 +101,9 @@ def test_a_file_of_its_own(everything: Path, tmp_path: Path, official: Any, comp
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_half_a_file(everything: Path, tmp_path: Path, half: str) -> None:
-    tensors = {name: each for name, each in load_file(everything).items() if f"vae.{half}." in name or "channel" in name}
+    tensors = {
+        name: each for name, each in load_file(everything).items() if f"vae.{half}." in name or "channel" in name
+    }
     path = tmp_path / "half.safetensors"
     config = {"config": json.dumps(_config(everything))}
     save_file({name: each for name, each in tensors.items() if name.startswith("vae.")}, path, config)

@@ -15,10 +15,10 @@ from fastvideo_vae_core.testing.conformance import ConformanceSuite
 from fastvideo_vae_core.testing.contract.hooks import VAE, both_directions
 from fastvideo_vae_core.testing.golden import fill
 from fastvideo_vae_ltx2 import (
-    LTX2AudioArchConfig,
-    LTX2VideoArchConfig,
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
+    LTX2AudioArchConfig,
+    LTX2VideoArchConfig,
 )
 
 # Fewer levels than published, and narrow: reflections and bypasses as in 2.0, ...
@@ -94,8 +94,9 @@ class TestVideo23(VideoSuite):
     latent_grids = ((1, 1, 1), (2, 1, 3), (3, 4, 2))
 
 
+@pytest.mark.slow
 class TestVideoTimed(VideoSuite):
-    """A decoder that takes a timestep and, for once, is causal."""
+    """A decoder that takes a timestep and, for once, is causal. Slow, because much of it is said twice above."""
 
     arch = replace(TINY20, timestep_conditioning=True, decoder_causal=True)
     latent_grids = ((1, 2, 2), (2, 2, 3))

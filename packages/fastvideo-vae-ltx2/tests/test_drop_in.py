@@ -129,7 +129,9 @@ def loaded(root: Path) -> dict[str, Any]:
     return {name: fvae.load(root, component=component) for name, component in components.items()}
 
 
-def generate(kind: Any, parts: dict[str, Any], ours: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def generate(
+    kind: Any, parts: dict[str, Any], ours: dict[str, Any], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     with warnings.catch_warnings():
         # diffusers' registration does not know our classes, which it may say.
         warnings.simplefilter("ignore")
@@ -159,7 +161,9 @@ def generate(kind: Any, parts: dict[str, Any], ours: dict[str, Any], **options: 
 
 def test_text_to_video_with_sound(parts: dict[str, Any], pair: tuple[Any, Any]) -> None:
     theirs, ours = pair
-    options = {"decode_timestep": 0.05, "decode_noise_scale": 0.025} if theirs["vae"].config.timestep_conditioning else {}
+    options = (
+        {"decode_timestep": 0.05, "decode_noise_scale": 0.025} if theirs["vae"].config.timestep_conditioning else {}
+    )
     frames, sound = generate(LTX2Pipeline, parts, theirs, **options)
     assert frames.shape == (1, 9, 3, 32, 64)
     assert float(frames.std()) > 0.01

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import fastvideo_vae_core as fvae
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import assert_close
-from fastvideo_vae_ltx2 import LTX2Vocoder, LTX2VideoArchConfig, log_mel
+from fastvideo_vae_ltx2 import LTX2VideoArchConfig, LTX2Vocoder, log_mel
 
 # Convolutions over rows of channels where the references have planes: another order of additions.
 OTHER_ORDER = (5e-6, "sums of the same numbers in another order")
@@ -47,13 +46,13 @@ def test_goldens(published: Any, name: str) -> None:
         if name.startswith("ltx2_audio"):
             return
         # Where float32 is too coarse to tell a wrong constant; 1e-7: the references are stored in float32.
-        model = copy.deepcopy(model).double()
+        model = model.double()
         errors = {key: error for case in cases for key, error in errors_of(golden, model, case, float64=True).items()}
         assert all(error <= 1e-7 for error in errors.values()), errors
 
 
 class TestOfficial:
-    """ltx-core's networks, tiny, through one file in the official layout: the same numbers, by the official contract."""
+    """ltx-core's networks, tiny, through one file in the official layout, by the official contract."""
 
     @pytest.mark.parametrize("name", VIDEO)
     def test_video(self, official: Any, tmp_path: Path, name: str) -> None:
@@ -184,9 +183,7 @@ class TestDiffusers:
         assert_close(model(mel), twin(mel), *OTHER_ORDER)
 
     @pytest.mark.parametrize("name", ["2.0", "2.3", "audio", *VOCODERS])
-    def test_the_configuration_reads_as_diffusers_does(
-        self, random_model: Any, diffusers_twin: Any, name: str
-    ) -> None:
+    def test_the_configuration_reads_as_diffusers_does(self, random_model: Any, diffusers_twin: Any, name: str) -> None:
         model = random_model(name)
         ours_alone = {"spatial_compression_ratio", "temporal_compression_ratio"}
         for key, value in diffusers_twin(model).config.items():
@@ -203,7 +200,10 @@ class TestDiffusers:
         if name == "audio":
             z = make_input("parity", (2, 2, 9, 4), "latent")
             rows = pipelines._pack_audio_latents(z)
-            made = (pipelines._normalize_audio_latents(rows, mean, std), pipelines._denormalize_audio_latents(rows, mean, std))
+            made = (
+                pipelines._normalize_audio_latents(rows, mean, std),
+                pipelines._denormalize_audio_latents(rows, mean, std),
+            )
             theirs = tuple(pipelines._unpack_audio_latents(each, 9, 4) for each in made)
         else:
             z = inputs(model, GRIDS[1])[1]

@@ -101,9 +101,7 @@ class AutoencoderKLLTX2Audio(ParallelTiledVAE[DiagonalGaussianDistribution]):
         T = 1 + S // 160, of the samples at 16 kHz. See `mel.log_mel`.
         """
         arch = self.arch
-        return log_mel(
-            x_BCS, sampling_rate, target_rate=arch.sample_rate, hop=arch.mel_hop_length, bins=arch.mel_bins
-        )
+        return log_mel(x_BCS, sampling_rate, target_rate=arch.sample_rate, hop=arch.mel_hop_length, bins=arch.mel_bins)
 
     def posterior(self, parameters: Tensor) -> DiagonalGaussianDistribution:
         return DiagonalGaussianDistribution(parameters)

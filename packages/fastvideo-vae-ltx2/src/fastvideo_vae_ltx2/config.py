@@ -37,7 +37,8 @@ class LTX2VideoArchConfig(VAEArchConfig):
             diffusers' default says so.
         encoder_spatial_padding_mode, decoder_spatial_padding_mode: what convolutions see around a picture.
         scaling_factor: normalised latents are (z - mean) * scaling / std.
-        spatial_compression_ratio, temporal_compression_ratio: pixels and frames for a latent; they follow from the levels.
+        spatial_compression_ratio, temporal_compression_ratio: pixels and frames for a latent; they follow from the
+            levels.
         down_block_types, spatio_temporal_scaling, decoder_spatio_temporal_scaling, decoder_inject_noise, patch_size_t,
             resnet_norm_eps: as in every published checkpoint, see `_FIXED`; others are refused.
 
@@ -207,12 +208,16 @@ class LTX2AudioArchConfig(VAEArchConfig):
             if getattr(self, name) != wanted:
                 raise ConfigError(f"{name} must be {wanted}, as in every published checkpoint")
         if self.attn_resolutions:
-            raise ConfigError(f"attn_resolutions must be empty, as in published checkpoints; got {self.attn_resolutions}")
+            raise ConfigError(
+                f"attn_resolutions must be empty, as in published checkpoints; got {self.attn_resolutions}"
+            )
         object.__setattr__(self, "attn_resolutions", None)
         if len(self.ch_mult) > _MAX_LEVELS or self.mel_bins % self.ratio:
             raise ConfigError(f"{self.mel_bins} mel bins cannot be halved {len(self.ch_mult) - 1} times")
         if self.in_channels != self.output_channels:
-            raise ConfigError(f"sound goes in with {self.in_channels} channels and comes out with {self.output_channels}")
+            raise ConfigError(
+                f"sound goes in with {self.in_channels} channels and comes out with {self.output_channels}"
+            )
         if self.latent_channels * self.mel_bins // self.ratio != self.base_channels:
             raise ConfigError(
                 f"the statistics have base_channels={self.base_channels} values, latents"

@@ -21,9 +21,7 @@ WINDOW = 1024
 FLOOR = 1e-5
 
 
-def log_mel(
-    x_BCS: Tensor, sampling_rate: int, *, target_rate: int = 16_000, hop: int = 160, bins: int = 64
-) -> Tensor:
+def log_mel(x_BCS: Tensor, sampling_rate: int, *, target_rate: int = 16_000, hop: int = 160, bins: int = 64) -> Tensor:
     """Waveforms (B, C, S) in [-1, 1] to spectrograms (B, C, T, M) of natural logarithms, in the waveforms' type.
 
     T = 1 + S // hop, of the samples at the target rate: (1, 2, 16000) at 16 kHz -> (1, 2, 101, 64). Frames are centred
@@ -38,7 +36,9 @@ def log_mel(
     wide = x_BCS.to(torch.promote_types(x_BCS.dtype, torch.float32))
     wide = resample(wide, sampling_rate, target_rate)
     if wide.shape[-1] <= WINDOW // 2:
-        raise ShapeError(f"a spectrogram needs more than {WINDOW // 2} samples at {target_rate} Hz, got {wide.shape[-1]}")
+        raise ShapeError(
+            f"a spectrogram needs more than {WINDOW // 2} samples at {target_rate} Hz, got {wide.shape[-1]}"
+        )
     window = torch.hann_window(WINDOW, dtype=wide.dtype, device=wide.device)
     spectrum = torch.stft(
         wide.flatten(0, 1), WINDOW, hop, window=window, center=True, pad_mode="reflect", return_complex=True

@@ -137,9 +137,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             sample = self._run("decode", timed, plan)
         return DecoderOutput(sample) if return_dict else (sample,)
 
-    def decode_stream(
-        self, z: Tensor | Iterable[Tensor], temb: Tensor | float | None = None
-    ) -> Iterator[Tensor]:
+    def decode_stream(self, z: Tensor | Iterable[Tensor], temb: Tensor | float | None = None) -> Iterator[Tensor]:
         """Yield each finished piece of the video; `temb` as in `decode`."""
         chunks = (z,) if isinstance(z, Tensor) else z
         return self._stream("decode", chunks if temb is None else (self._with_timestep(each, temb) for each in chunks))
@@ -313,7 +311,9 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         group = self.arch.ratios[0] if direction == "encode" else 1
         piece = group * self._default_chunk(direction, first.shape)
         checked = self._checked(direction, itertools.chain([first], chunks))
-        return streaming.cut(checked, first=1, piece=piece, group=group, surplus=self.config.illegal_sizes == "official")
+        return streaming.cut(
+            checked, first=1, piece=piece, group=group, surplus=self.config.illegal_sizes == "official"
+        )
 
     def _checked(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         fixed = None

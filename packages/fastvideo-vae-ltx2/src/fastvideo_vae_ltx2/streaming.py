@@ -53,7 +53,7 @@ def run(
 def cut(chunks: Iterable[Tensor], *, first: int, piece: int, group: int, surplus: bool) -> Iterator[Tensor]:
     """Cut chunks of frames (B, C, T, H, W), of any lengths, into the pieces that a network takes.
 
-    At least `first` frames come first, and then multiples of `group` frames, at most `piece`, as soon as they are there.
+    `first` frames come first, and then multiples of `group` frames, at most `piece`, as soon as they are there.
 
     Raises:
         ShapeError: frames are left over at the end that fill no group, unless `surplus` frames are to be dropped.

@@ -116,9 +116,11 @@ def _norm_silu_kernel(
         x += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     square = tl.sum(x * x, axis=1, keep_dims=True)
     if PIXEL:
-        y = x * (1.0 / tl.sqrt(square / C + EPS))
+        length = tl.sqrt(square / C + EPS)
+        y = x / length
     else:
-        y = x * (root / tl.maximum(tl.sqrt(square), FLOOR))
+        length = tl.maximum(tl.sqrt(square), FLOOR)
+        y = x * (root / length)
     if HAS_GAMMA:
         y = y * tl.load(gamma_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     if MODULATED:
