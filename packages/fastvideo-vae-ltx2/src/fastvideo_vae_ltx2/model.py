@@ -27,6 +27,7 @@ from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
 from fastvideo_vae_ltx2.network import STRIDES, Decoder, DownLevel, Encoder, UpLevel
+from fastvideo_vae_ltx2.streaming import Stage
 
 # The official settings of a decoder that takes a timestep.
 DECODE_TIMESTEP = 0.05
@@ -177,7 +178,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         # Surplus frames get here only where the configuration wants the official behaviour, which drops them.
         x_BCTHW = x_BCTHW[:, :, : 1 + (frames - 1) * group]
         made = streaming.run(
-            self.encoder,
+            self._encoder_stages(),
             x_BCTHW,
             first=1 + chunk * group,
             piece=chunk * group,
@@ -190,7 +191,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         chunk = self._default_chunk("decode", z_BCthw.shape) if chunk is None else chunk
         z, timestep = self._timestep(z_BCthw)
         return streaming.run(
-            lambda piece, cache: self.decoder(piece, cache, timestep),
+            self._decoder_stages(chunk, timestep),
             z,
             first=chunk,
             piece=chunk,
@@ -218,7 +219,8 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             def down(x: Tensor, cache: Cache, level: DownLevel = level, first: bool = first) -> Tensor:
                 return level(encoder.begin(x, cache) if first else x, cache)
 
-            steps.append(_step(f"down {index}", down, _down(stride[0]), space, 1 + chunk * time, chunk * time, device))
+            stage = Stage(down, chunk * time)
+            steps.append(_step(f"down {index}", stage, _down(stride[0]), space, first=1, device=device))
             time //= stride[0]
 
         def middle(x: Tensor, cache: Cache) -> Tensor:
@@ -226,7 +228,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
 
         halo = 2 * len(encoder.mid_block.resnets) + 1
         space = Axis(before=halo, after=halo)
-        return [*steps, _step("middle", middle, _down(1), space, 1 + chunk, chunk, device)]
+        return [*steps, _step("middle", Stage(middle, chunk), _down(1), space, device=device)]
 
     def decode_steps(
         self, chunk: int = 1, device: torch.device | None = None, timestep: Tensor | None = None
@@ -235,29 +237,41 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         decoder = self.decoder
         if timestep is None and self.arch.timestep_conditioning:
             timestep = torch.full((1,), DECODE_TIMESTEP, dtype=self._half_dtype("decode"), device=self.device)
+        stages = self._decoder_stages(chunk, timestep)
+        halo = 2 * len(decoder.mid_block.resnets) + 1
+        steps = [_step("middle", stages[0], _up(1), Axis(before=halo, after=halo), device=device)]
+        for index, (level, stage) in enumerate(zip(decoder.up_blocks, stages[1:], strict=True)):
+            time, space, _ = level.upsamplers[0].stride
+            last = index == len(decoder.up_blocks) - 1
+            # One position for the convolution before the change of resolution, the others are of the finer grid.
+            halo = 1 + -(-(2 * len(level.resnets) + last) // space)
+            up = Axis(up=space * (decoder.patch if last else 1), before=halo, after=halo)
+            steps.append(_step(f"up {index}", stage, _up(time), up, device=device))
+        return steps
+
+    def _encoder_stages(self) -> list[Stage]:
+        """A causal network gives what it has at once, so it is one stage and takes pieces as they come."""
+        return [Stage(lambda x, cache: self.encoder(x, cache), _ANY)]
+
+    def _decoder_stages(self, chunk: int, timestep: Tensor | None) -> list[Stage]:
+        """The levels of the decoder, each of which takes the frames of so many latents at a time."""
+        decoder = self.decoder
 
         def middle(z: Tensor, cache: Cache) -> Tensor:
             return decoder.begin(z, cache, decoder.time(timestep))
 
-        halo = 2 * len(decoder.mid_block.resnets) + 1
-        space = Axis(before=halo, after=halo)
-        steps, frames = [_step("middle", middle, _up(1), space, chunk, chunk, device)], chunk
+        stages, frames = [Stage(middle, chunk)], chunk
         for index, level in enumerate(decoder.up_blocks):
-            stride = level.upsamplers[0].stride
             last = index == len(decoder.up_blocks) - 1
-            # One position for the convolution before the change of resolution, the others are of the finer grid.
-            halo = 1 + -(-(2 * len(level.resnets) + last) // stride[1])
-            up = stride[1] * (decoder.patch if last else 1)
-            space = Axis(up=up, before=halo, after=halo)
 
-            def run(x: Tensor, cache: Cache, level: UpLevel = level, last: bool = last) -> Tensor:
+            def up(x: Tensor, cache: Cache, level: UpLevel = level, last: bool = last) -> Tensor:
                 time = decoder.time(timestep)
                 x = level(x, cache, time)
                 return decoder.end(x, cache, time) if last else x
 
-            steps.append(_step(f"up {index}", run, _up(stride[0]), space, frames, frames, device))
-            frames *= stride[0]
-        return steps
+            stages.append(Stage(up, frames))
+            frames *= level.upsamplers[0].stride[0]
+        return stages
 
     def _execute(self, plan: Plan, x: Tensor) -> Tensor:
         chunk = plan.chunk or 1
@@ -288,20 +302,23 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         pieces = self._pieces(direction, chunks)
         # A causal half has given everything when the last piece is through.
         late = direction == "decode" and not self.arch.decoder_causal
-        for piece, cache.last in _ended(pieces) if late else ((piece, False) for piece in pieces):
+        for piece, last in _ended(pieces) if late else ((piece, False) for piece in pieces):
             if direction == "decode":
                 if piece.shape[2]:
                     timestep = self._timestep(piece)[1]
                 piece = piece[:, : self.arch.latent_channels]
-            before = cache.copy() if retry else cache
-            made = model._piece(direction, piece.to(stored).to(dtype), cache, timestep)
-            if retry and not bool(made.isfinite().all()):
+            piece = piece.to(stored).to(dtype)
+            if retry:
+                before = cache.copy()
+                made = list(model._flow(direction, piece, last, cache, timestep))
+                if all(bool(each.isfinite().all()) for each in made):
+                    yield from made
+                    continue
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)
                 dtype, retry, model = torch.float32, False, self._twin(direction, torch.float32)
-                cache = before.handed_to(model, self, dtype)
-                made = model._piece(direction, piece.to(dtype), cache, timestep)
-            if made.shape[2]:
-                yield made.to(stored)
+                cache, piece = before.handed_to(model, self, dtype), piece.to(dtype)
+            for part in model._flow(direction, piece, last, cache, timestep):
+                yield part.to(stored)
 
     def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         chunks = iter(chunks)
@@ -326,10 +343,16 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             fixed = frame
             yield chunk
 
-    def _piece(self, direction: Direction, x: Tensor, cache: Cache, timestep: Tensor | None) -> Tensor:
+    def _flow(
+        self, direction: Direction, x: Tensor, last: bool, cache: Cache, timestep: Tensor | None
+    ) -> Iterator[Tensor]:
+        """What one piece of a stream makes, in parts."""
         if direction == "encode":
-            return self._spread_variance(self.encoder(x, cache))
-        return self.decoder(x, cache, None if timestep is None else timestep.to(x.dtype))
+            made = streaming.flow(self._encoder_stages(), [(x, last)], cache)
+            return (self._spread_variance(each) for each in made)
+        timestep = None if timestep is None else timestep.to(x.dtype)
+        shape = (*x.shape[:2], 1, *x.shape[3:])
+        return streaming.flow(self._decoder_stages(self._default_chunk("decode", shape), timestep), [(x, last)], cache)
 
     def _plan(
         self,
@@ -362,8 +385,8 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         return min(self._default_chunk(direction, shape) if asked is None else asked, latents)
 
     def _predict(self, plan: Plan) -> int:
-        """Pieces are alike from the third on, so a short video tells the peak; inputs and results come on top."""
-        latents = 1 + 3 * (plan.chunk or 1)
+        """Pieces are alike once the first are through, so a short video tells the peak; the ends come on top."""
+        latents = _HELD_BACK + 3 * (plan.chunk or 1)
         z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
         if z_shape[2] <= latents:
             return super()._predict(plan)
@@ -399,23 +422,17 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
 
 
 def _step(
-    name: str,
-    network: streaming.Network,
-    time: Axis,
-    space: Axis,
-    first: int,
-    piece: int,
-    device: torch.device | None,
+    name: str, stage: Stage, time: Axis, space: Axis, *, first: int = 0, device: torch.device | None = None
 ) -> Step:
-    """A part of a network that is local in space, through the whole time."""
+    """A part of a network that is local in space, through the whole time; `first` frames come on top of a piece."""
 
     def run(grids: Sequence[Tensor], _: object) -> Tensor:
         x = grids[0]
         return streaming.run(
-            network,
+            [Stage(stage.network, stage.limit + first)],
             x,
-            first=first,
-            piece=piece,
+            first=stage.limit + first,
+            piece=stage.limit,
             frames=time.output_size(x.shape[2]),
             device=device or x.device,
             memory_format=torch.channels_last_3d,
@@ -448,3 +465,7 @@ def _arch(config: VAEConfig) -> LTX2VideoArchConfig:
 
 # Bytes of the widest feature map of a piece.
 _PIECE_BYTES = 1 << 30
+# Latents that the published decoders hold back, which come at the end.
+_HELD_BACK = 24
+# As many frames as there are.
+_ANY = 1 << 62

@@ -1,12 +1,14 @@
 """A video in pieces: how it is cut, and how a network runs over the pieces with one cache.
 
 The results do not depend on the cuts. A network that sees later frames gives its results late, so pieces of the result
-need not be as long as those that went in.
+need not be as long as those that went in: at the end of a video comes most of what was held back. So a network is a
+row of stages, and each takes what comes in pieces of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +20,33 @@ from fastvideo_vae_core.ops.causal import Cache
 Network = Callable[[Tensor, Cache], Tensor]
 
 
+class Stage(NamedTuple):
+    """A part of a network, and how many frames it takes at a time."""
+
+    network: Network
+    limit: int
+
+
+def flow(stages: Sequence[Stage], pieces: Iterable[tuple[Tensor, bool]], cache: Cache) -> Iterator[Tensor]:
+    """Run pieces, each with whether it is the last, through the stages; parts of the result as they are made."""
+    for stage in stages:
+        pieces = _through(stage, pieces, cache)
+    return (made for made, _ in pieces if made.shape[2])
+
+
+def _through(stage: Stage, pieces: Iterable[tuple[Tensor, bool]], cache: Cache) -> Iterator[tuple[Tensor, bool]]:
+    for piece, last in pieces:
+        parts = piece.split(stage.limit, dim=2)
+        for index, part in enumerate(parts):
+            ends = last and index == len(parts) - 1
+            if part.shape[2] or ends:
+                # Stages take turns, so each says anew where the video ends for it.
+                cache.last = ends
+                yield stage.network(part, cache), ends
+
+
 def run(
-    network: Network,
+    stages: Sequence[Stage],
     x_BCTHW: Tensor,
     *,
     first: int,
@@ -32,13 +59,11 @@ def run(
 
     Every piece of the result is written once, into its place; what comes in one piece is the result.
     """
-    cache = Cache(device)
     total, done = x_BCTHW.shape[2], 0
+    starts = (0, *range(first, total, piece))
+    pieces = ((x_BCTHW[:, :, start : start + (piece if start else first)], start == starts[-1]) for start in starts)
     result: Tensor | None = None
-    for start in (0, *range(first, total, piece)):
-        stop = min(start + (piece if start else first), total)
-        cache.last = stop == total
-        made = network(x_BCTHW[:, :, start:stop], cache)
+    for made in flow(stages, pieces, Cache(device)):
         if made.shape[2] == frames:
             return made
         if result is None:
