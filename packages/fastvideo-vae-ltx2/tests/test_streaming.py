@@ -16,8 +16,8 @@ from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import relative_error
 from fastvideo_vae_ltx2 import AutoencoderKLLTX2Video
 
-LATENTS = 14
-CUTS = [[14], [1] * 14, [1, 2, 3, 8], [13, 1], [5, 0, 9]]
+LATENTS = 11
+CUTS = [[1] * 11, [5, 0, 6]]
 
 # Float64 sums of the same numbers, in an order that may depend on the number of frames.
 BOUND = 1e-12
@@ -43,7 +43,7 @@ def test_decoding_in_chunks(vae: AutoencoderKLLTX2Video, cut: list[int]) -> None
     assert relative_error(torch.cat(pieces, 2), vae.decode(z).sample) <= BOUND
 
 
-@pytest.mark.parametrize("cut", [[33], [1] * 33, [1, 8, 24], [3, 5, 1, 24], [10, 23]], ids=str)
+@pytest.mark.parametrize("cut", [[33], [1] * 33, [3, 5, 1, 24]], ids=str)
 def test_encoding_in_chunks(late: AutoencoderKLLTX2Video, cut: list[int]) -> None:
     x = make_input("streaming", (1, 3, 33, 64, 64), "video").double()
     whole, pieces = late.encode(x).latent_dist, list(late.encode_stream(x.split(cut, dim=2)))
@@ -51,14 +51,14 @@ def test_encoding_in_chunks(late: AutoencoderKLLTX2Video, cut: list[int]) -> Non
     assert relative_error(torch.cat([each.std for each in pieces], 2), whole.std) <= BOUND
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_any_number_of_latents_at_a_time(vae: AutoencoderKLLTX2Video, chunk: int) -> None:
     z = latents(vae)
     plan = vae.plan_decode(z.shape, chunk=chunk)
     assert plan.chunk == min(chunk, LATENTS)
     assert f"{plan.chunk} latent frames at a time" in str(plan)
     assert relative_error(vae.decode(z, plan=plan).sample, vae.decode(z).sample) <= BOUND
-    x = make_input("streaming", (1, 3, 33, 64, 64), "video").double()
+    x = make_input("streaming", (1, 3, 25, 32, 32), "video").double()
     encoded = vae.encode(x, plan=vae.plan_encode(x.shape, chunk=chunk)).latent_dist.mean
     assert relative_error(encoded, vae.encode(x).latent_dist.mean) <= BOUND
 
@@ -67,7 +67,7 @@ def test_frames_come_as_soon_as_they_are_final(late: AutoencoderKLLTX2Video) -> 
     """What has been given before a latent came does not depend on it, and what has been held back does."""
     z = latents(late)
     given = 0
-    for fed in (1, 7, 10, 13):
+    for fed in (1, 8, 10):
         stream = late.decode_stream(piece for piece in itertools.chain(z[:, :, :fed].split(1, 2), stop()))
         given = sum(piece.shape[2] for piece in until_stopped(stream))
         changed = z.clone()

@@ -34,7 +34,7 @@ def test_a_stream_equals_one_call(vocoder: LTX2Vocoder, cut: list[int]) -> None:
     assert relative_error(torch.cat(pieces, 2), vocoder(mel)) <= 1e-12
 
 
-@pytest.mark.parametrize("frames", [33, 100])
+@pytest.mark.parametrize("frames", [40, 100])
 def test_pieces_equal_one_call(vocoder: LTX2Vocoder, frames: int) -> None:
     vocoder, mel = vocoder.double(), spectrogram(batch=2).double()
     plan = vocoder.plan_decode(mel.shape, tile=(frames * vocoder.hop_length,))
