@@ -71,7 +71,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z, t, h, w) -> (B, 3, T, H, W), from latents that are not normalised."""
+    """(B, z, t, h, w) -> (B, 3, T, H, W), from latents that are not normalised.
+
+    What it makes comes late, and most of it at the end, so it is run level by level: `begin`, the levels, `end`.
+    """
 
     def __init__(self, arch: LTX2VideoArchConfig) -> None:
         super().__init__()
@@ -92,13 +95,6 @@ class Decoder(nn.Module):
             self.timestep_scale_multiplier = nn.Parameter(torch.tensor(1000.0))
             self.scale_shift_table = nn.Parameter(torch.zeros(2, widths[-1]))
         self.time_embedder = TimeEmbedding(2 * widths[-1]) if timed else Timeless()
-
-    def forward(self, z: Tensor, cache: Cache, timestep: Tensor | None = None) -> Tensor:
-        time = self.time(timestep)
-        x = self.begin(z, cache, time)
-        for level in self.up_blocks:
-            x = level(x, cache, time)
-        return self.end(x, cache, time)
 
     def time(self, timestep: Tensor | None) -> Tensor | None:
         """The timestep of each item (B) as the embedders take it; None where the decoder has none."""
