@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, rows_of
-from fastvideo_vae_core.ops.rms_norm import RMSNorm, rms_norm_silu
+from fastvideo_vae_core.ops.rms_norm import Modulation, PixelNorm, RMSNorm, pixel_norm_silu, rms_norm_silu
 from fastvideo_vae_core.testing.interpreter import interpreted
 
 FORMULATIONS = pytest.mark.parametrize("stacked", [False, True], ids=["conv3d", "windows"])
@@ -44,6 +45,78 @@ def test_a_strided_layer_begins_with_the_last_frame_it_kept(stacked: bool) -> No
     cache.keep(conv, rows_of(x[:, :, :1]))
     made = torch.cat([conv(piece, cache) for piece in x[:, :, 1:].split([2, 4, 2], 2)], 2)
     assert torch.allclose(made, F.conv3d(x, conv.weight, conv.bias, conv.stride), rtol=0, atol=1e-12)
+
+
+def surrounded(conv: CausalConv3d, x: Tensor) -> Tensor:
+    """One convolution over everything, with copies of the first and last frames around it, and reflections."""
+    rows, columns = conv.inset
+    x = F.pad(x, (0, 0, 0, 0, conv.memory - conv.ahead, conv.ahead), mode="replicate")
+    x = F.pad(x, (columns, columns, rows, rows, 0, 0), mode="reflect") if rows else x
+    return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+@FORMULATIONS
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("border", ["zeros", "reflect"])
+@pytest.mark.parametrize("cut", [[7], [1] * 7, [1, 0, 2, 4], [3, 1, 3, 0], [1, 6]], ids=str)
+def test_pieces_with_copies_around_them_equal_the_whole(
+    stacked: bool, ahead: int, border: Literal["zeros", "reflect"], cut: list[int]
+) -> None:
+    """Outputs come as many frames late as they see later ones, and the piece that is the last brings the rest."""
+    torch.manual_seed(0)
+    conv = CausalConv3d(3, 5, edge="copies", ahead=ahead, border=border).double()
+    x = torch.randn(2, 3, 7, 4, 6, dtype=torch.float64)
+    conv.stacked = stacked
+    cache, made = Cache(x.device), list[Tensor]()
+    for index, piece in enumerate(pieces := x.split(cut, 2)):
+        cache.last = index == len(pieces) - 1
+        made.append(conv(piece, cache))
+        seen, done = sum(cut[: index + 1]), sum(each.shape[2] for each in made)
+        assert done == (seen if cache.last else seen - ahead)
+    assert torch.allclose(torch.cat(made, 2), surrounded(conv, x), rtol=0, atol=1e-12)
+
+
+@FORMULATIONS
+def test_output_channels_in_the_order_of_positions(stacked: bool) -> None:
+    """An arranged layer gives them position by position, and its weights keep their shape and order."""
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(3, 8, edge="copies", positions=4).double(), torch.randn(1, 3, 3, 4, 5, dtype=torch.float64)
+    conv.stacked = stacked
+    weight, plain = conv.weight.detach().clone(), conv(x, Cache(x.device))
+    conv.arrange()
+    assert torch.equal(conv.weight, weight)
+    ordered = conv(x, Cache(x.device)).unflatten(1, (4, 2)).transpose(1, 2).flatten(1, 2)
+    assert torch.allclose(ordered, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [[6], [1] * 6, [2, 0, 3, 1, 0]], ids=str)
+def test_a_sum_with_what_is_ahead_of_it(cut: list[int]) -> None:
+    """Two convolutions that are late, and their input, which waits for them."""
+    torch.manual_seed(0)
+    norm, layer = PixelNorm(1e-8), torch.nn.Module()
+    first, second = (CausalConv3d(3, 3, edge="copies", ahead=1).double() for _ in range(2))
+    x = torch.randn(2, 3, 6, 4, 4, dtype=torch.float64)
+    cache, made = Cache(x.device), list[Tensor]()
+    for index, piece in enumerate(pieces := x.split(cut, 2)):
+        cache.last = index == len(pieces) - 1
+        h = norm_silu_conv(norm_silu_conv(piece, norm, first, cache), norm, second, cache)
+        made.append(h.plus_late(piece, layer, cache))
+
+    def activated(y: Tensor) -> Tensor:
+        return F.silu(y / (y.square().mean(1, keepdim=True) + 1e-8).sqrt())
+
+    expected = x + surrounded(second, activated(surrounded(first, activated(x))))
+    assert torch.allclose(torch.cat(made, 2), expected, rtol=0, atol=1e-12)
+    assert cache.take(layer) is None
+
+
+def test_a_layer_begins_once_in_a_video() -> None:
+    cache, layer = Cache(torch.device("cpu")), torch.nn.Module()
+    assert cache.begins(layer)
+    other = cache.copy()
+    assert not cache.begins(layer)
+    assert not other.begins(layer)
+    assert Cache(torch.device("cpu")).begins(layer)
 
 
 @FORMULATIONS
@@ -90,11 +163,20 @@ def test_the_norm_is_that_of_its_definition() -> None:
     assert torch.equal(rms_norm_silu(torch.zeros(2, 7), gamma.float()), torch.zeros(2, 7))
 
 
+def test_the_pixel_norm_is_that_of_its_definition() -> None:
+    rows, scale, shift = (torch.randn(size, dtype=torch.float64) for size in ((2, 3, 4, 5, 7), (2, 7), (2, 7)))
+    normal = rows / (rows.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    assert torch.allclose(pixel_norm_silu(rows, 1e-3), F.silu(normal), rtol=0, atol=1e-14)
+    moved = normal * (1 + scale[:, None, None, None]) + shift[:, None, None, None]
+    made = pixel_norm_silu(rows, 1e-3, Modulation(scale, shift))
+    assert torch.allclose(made, F.silu(moved), rtol=0, atol=1e-14)
+
+
 _SCRIPT = """
 import json, torch
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, rows_of
 from fastvideo_vae_core.ops.kernels.rms_norm import add_, norm_silu_into
-from fastvideo_vae_core.ops.rms_norm import rms_norm_silu
+from fastvideo_vae_core.ops.rms_norm import Modulation, pixel_norm_silu, rms_norm_silu
 
 torch.manual_seed(0)
 errors = {}
@@ -116,6 +198,19 @@ with torch.no_grad():
                 norm_silu_into(window.data, rows_of(x), gamma, bias, taps=window.taps, shift=window.shift)
                 expected.write(rms_norm_silu((rows_of(x) + bias).double(), gamma.double()).float())
                 errors[f"{shape} {stacked} {history is None}"] = float((window.data - expected.data).abs().max())
+        for stacked in (False, True):
+            for border in ("zeros", "reflect"):
+                cache = Cache(torch.device("cpu"))
+                conv = CausalConv3d(shape[1], 4, edge="copies", ahead=1, border=border)
+                conv.stacked, cache.last = stacked, True
+                modulation = Modulation(*torch.randn(2, shape[0], shape[1])) if stacked else None
+                window, expected = conv.window(x, cache), conv.window(x, cache)
+                rows = rows_of(x)
+                norm_silu_into(window.data, rows, None, bias, taps=window.taps, shift=window.shift, inset=window.inset,
+                               eps=1e-6, modulation=modulation)
+                expected.write(pixel_norm_silu((rows + bias).double(), 1e-6, modulation).float())
+                window.close(), expected.close()
+                errors[f"pixel {shape} {stacked} {border}"] = float((window.data - expected.data).abs().max())
         y, other = rows_of(x).clone(), torch.randn_like(rows_of(x))
         add_(y, bias, other)
         errors[f"add {shape}"] = float((y - (rows_of(x) + bias + other)).abs().max())
@@ -126,6 +221,6 @@ print(json.dumps(errors))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
     errors = interpreted(_SCRIPT)
-    assert len(errors) == 20
+    assert len(errors) == 36
     # A few units in the last place of float32.
     assert max(errors.values()) < 1e-5, errors

@@ -257,6 +257,8 @@ def _open_pickle(path: Path) -> Checkpoint:
 
 def _prefix_of(checkpoint: Checkpoint, layout: Layout) -> str | None:
     for prefix in layout.prefixes:
+        if any(prefix + name in checkpoint.infos for name in layout.unlike):
+            continue
         for name, axes in layout.markers:
             info = checkpoint.infos.get(prefix + name)
             if info is not None and len(info.shape) == axes:

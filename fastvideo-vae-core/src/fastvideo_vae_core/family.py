@@ -70,6 +70,7 @@ class Component:
         layouts: the ways in which people store its tensors.
         infer: function (Evidence) -> Inferred, for files that have no configuration beside them.
         official_config: name of the configuration that the official code puts beside its weights; `arch` reads it too.
+        folder: name of its folder in a diffusers pipeline.
     """
 
     name: str = "vae"
@@ -81,6 +82,7 @@ class Component:
     layouts: tuple[Layout, ...]
     infer: str
     official_config: str | None = None
+    folder: str = "vae"
 
     @cached_property
     def constants(self) -> Mapping[str, Any]:
@@ -99,12 +101,14 @@ class Layout:
         prefixes: what may stand before the names, longest first. Behind a prefix that is not empty, other tensors of
             the file are another network's and are left alone.
         rules: "module:function", from the names to their RenameTable; empty where they are the model's own.
+        unlike: tensor names of other networks that have the markers too; one of them is proof of the opposite.
     """
 
     name: str
     markers: tuple[tuple[str, int], ...]
     prefixes: tuple[str, ...] = ("",)
     rules: str = ""
+    unlike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

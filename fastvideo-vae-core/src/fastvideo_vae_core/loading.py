@@ -53,7 +53,7 @@ def load(
 
     source: a directory, one file, or a hub id "owner/name"; diffusers' or an official layout, recognised from its
         configuration or from the tensors.
-    subfolder: of the directory or hub repository; "vae" by default where a pipeline is recognised.
+    subfolder: of the directory or hub repository; by default that of the component where a pipeline is recognised.
     family, variant, component: recognised when not given, checked when given. A variant is a published checkpoint,
         for example "sdxl"; it must be given where the tensors leave it open.
     revision: of the hub repository.
@@ -70,7 +70,9 @@ def load(
         ConfigError: the configuration is unknown or out of bounds; nothing was allocated.
         FamilyError: no installed family knows the class.
     """
-    found = find(source, subfolder=subfolder, revision=revision, config=config)
+    found = find(
+        source, subfolder=subfolder, revision=revision, config=config, folder=_pipeline_folder(family, component)
+    )
     chosen = choose(found, family=family, component=component, variant=variant)
     run = config if isinstance(config, VAEConfig) else VAEConfig(arch_config=chosen.arch)
     run = replace(
@@ -152,6 +154,13 @@ def choose(found: Found, *, family: str | None, component: str | None, variant: 
     recognised = candidates[0]
     arch, name = _architecture(found, recognised, variant)
     return Chosen(recognised, arch, name)
+
+
+def _pipeline_folder(family: str | None, component: str | None) -> str:
+    """Where a pipeline keeps the component that is asked for."""
+    families = registry.installed().values() if family is None else [registry.resolve(family)]
+    found = (each for described in families for each in described.components if each.name == component)
+    return next((each.folder for each in found), "vae")
 
 
 def _architecture(found: Found, recognised: Recognised, variant: str | None) -> tuple[VAEArchConfig, str | None]:

@@ -47,17 +47,21 @@ def find(
     subfolder: str | None = None,
     revision: str | None = None,
     config: VAEConfig | Mapping[str, Any] | str | Path | None = None,
+    folder: str = "vae",
 ) -> Found:
-    """Open what a path or hub id names: its weights, and the configuration beside them or the one that is given."""
+    """Open what a path or hub id names: its weights, and the configuration beside them or the one that is given.
+
+    folder: where they are in a pipeline, if no subfolder is given.
+    """
     path = Path(source).expanduser()
     if not path.exists():
-        path = _from_hub(str(source), subfolder, revision)
+        path = _from_hub(str(source), subfolder, revision, folder)
     elif revision is not None:
         raise ConfigError(f"{source} is a local path and has no revision {revision!r}")
     elif subfolder is not None:
         path = path / subfolder
-    if path.is_dir() and subfolder is None and not (path / "config.json").exists() and (path / "vae").is_dir():
-        path = path / "vae"
+    if path.is_dir() and subfolder is None and not (path / "config.json").exists() and (path / folder).is_dir():
+        path = path / folder
     weights = _weights_in(path) if path.is_dir() else (path,)
     if isinstance(config, (str, Path)):
         config = read_config(Path(config))
@@ -90,7 +94,7 @@ def _preferred(names: Collection[str], where: str) -> str:
     raise CheckpointError(f"{where} holds no weights (looked for {', '.join(SUFFIXES)})")
 
 
-def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
+def _from_hub(source: str, subfolder: str | None, revision: str | None, pipeline_folder: str) -> Path:
     """Download the configuration and one set of weights of a hub repository, and give the folder they are in."""
     # Where the owner is a folder here, somebody mistyped a path, and asking the hub would only take time.
     local = source.startswith((".", "/", "~")) or source.endswith(SUFFIXES) or Path(source).parent.is_dir()
@@ -111,7 +115,8 @@ def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{source} is no local path, and the hub did not give it: {reason}") from None
         files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    folder = subfolder or ("vae" if "config.json" not in files and "vae/config.json" in files else ".")
+    piped = "config.json" not in files and f"{pipeline_folder}/config.json" in files
+    folder = subfolder or (pipeline_folder if piped else ".")
     inside = [Path(name).name for name in files if Path(name).parent == Path(folder)]
     weights = _preferred(inside, f"{source} ({folder})")
     # An index names its shards, "stem-00001-of-00002.safetensors".

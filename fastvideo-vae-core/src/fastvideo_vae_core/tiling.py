@@ -128,7 +128,7 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
 
 
 def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor], tile: int) -> Iterator[Tensor]:
-    """Run a network over input (B, C, n) that comes in chunks, and yield its output as it is finished.
+    """Run a network over input (B, C, n, ...) that comes in chunks, and yield its output as it is finished.
 
     axis: how the output depends on the input; run: the network, padding where its input ends; tile: the most elements
     of a piece of the output. Every piece is made from the whole context that it depends on, and nothing older is kept.
@@ -144,11 +144,11 @@ def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor],
             stop = min(made + tile, ready)
             first, last = axis.needs(made, stop, size)
             skip = made - axis.position(first)
-            yield run(held[..., first - begin : last - begin])[..., skip : skip + stop - made]
+            yield run(held[:, :, first - begin : last - begin])[:, :, skip : skip + stop - made]
             made = stop
             # A copy, so that what is no longer needed can be released.
             oldest, _ = axis.needs(made, made + 1, size)
-            held, begin = held[..., oldest - begin :].clone(), oldest
+            held, begin = held[:, :, oldest - begin :].clone(), oldest
 
 
 def spans(size: int, tile: int) -> list[tuple[int, int]]:

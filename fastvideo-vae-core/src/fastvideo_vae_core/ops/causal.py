@@ -1,4 +1,6 @@
-"""Causal convolutions over a video that comes in pieces, and what they remember from one piece to the next.
+"""Convolutions over a video that comes in pieces, and what they remember from one piece to the next.
+
+Most are causal. One that sees later frames gives its outputs late by as many, and the end of the video brings the rest.
 
 Shape legend: B batch, C channels, T frames, H, W; K taps in time. Feature maps are (B, C, T, H, W) with the channels
 innermost in memory (`torch.channels_last_3d`): a position is one row of C numbers, a frame one block of rows.
@@ -7,14 +9,15 @@ innermost in memory (`torch.channels_last_3d`): a position is one row of C numbe
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvideo_vae_core.ops.rms_norm import RMSNorm, rms_norm_silu
+from fastvideo_vae_core.ops.rms_norm import Modulation, PixelNorm, RMSNorm
 
 
 class Cache:
@@ -33,11 +36,13 @@ class Cache:
         self.first = True
         self.last = False
         self._frames: dict[nn.Module, Tensor] = {}
+        self._begun: set[nn.Module] = set()
 
     def copy(self) -> Cache:
         """The same memory; what is done with either from here on, the other does not see."""
         other = Cache(self.device)
-        other.first, other.last, other._frames = self.first, self.last, dict(self._frames)
+        other.first, other.last = self.first, self.last
+        other._frames, other._begun = dict(self._frames), set(self._begun)
         return other
 
     def handed_to(self, network: nn.Module, of: nn.Module, dtype: torch.dtype) -> Cache:
@@ -45,7 +50,15 @@ class Cache:
         other, twins = self.copy(), dict(network.named_modules())
         names = {layer: name for name, layer in of.named_modules()}
         other._frames = {twins[names[layer]]: frames.to(dtype) for layer, frames in self._frames.items()}
+        other._begun = {twins[names[layer]] for layer in self._begun}
         return other
+
+    def begins(self, layer: nn.Module) -> bool:
+        """Whether the layer asks for the first time in this video; where frames come late, not all do in one piece."""
+        if layer in self._begun:
+            return False
+        self._begun.add(layer)
+        return True
 
     def take(self, layer: nn.Module) -> Tensor | None:
         """The frames (B, n, H, W, C) that the layer kept, which are forgotten here; None at the beginning."""
@@ -62,22 +75,48 @@ class Cache:
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution whose output frame sees no later input frame; zeros stand before the first frame of the video.
+    """Convolution over a video, piece by piece; by default an output frame sees no later input frame.
 
     x (B, C, T, H, W) -> (B, O, T / stride, H, W): `stride` is in time only, and space keeps its size. A piece
     continues the one before through the cache; a strided layer begins each window with the last frame it kept.
 
+    edge: what stands before the first frame of the video: zeros, or copies of that frame.
+    ahead: how many later frames an output frame sees; copies of the last frame stand behind it. Outputs come so many
+        frames late, and a first piece may give none; the piece that is the last gives all that are left, also one
+        without frames.
+    border: what stands around a picture: zeros, or its reflection, which needs 2 rows and columns.
+    positions: how many neighbouring output channels stand for the positions that one becomes; see `by_position`.
+
     The formulation follows from the shape, once (see `stacks`): one 3-D convolution over remembered frames and piece,
-    or one 2-D convolution over windows of K frames side by side in the channels. A single first frame takes neither:
-    only the last tap sees anything but zeros.
+    or one 2-D convolution over windows of K frames side by side in the channels. A single first frame behind zeros
+    takes neither: only the last tap sees anything but zeros.
     """
 
-    def __init__(self, before: int, after: int, kernel: tuple[int, int, int] = (3, 3, 3), stride: int = 1) -> None:
-        super().__init__(before, after, kernel, (stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        stride: int = 1,
+        *,
+        edge: Literal["zeros", "copies"] = "zeros",
+        ahead: int = 0,
+        border: Literal["zeros", "reflect"] = "zeros",
+        positions: int = 1,
+    ) -> None:
+        around = (kernel[1] // 2, kernel[2] // 2)
+        super().__init__(before, after, kernel, (stride, 1, 1), (0, *((0, 0) if border == "reflect" else around)))
         self.memory = kernel[0] - stride
         self.stacked = stacks(before, kernel)
+        self.copies, self.ahead, self.positions = edge == "copies", ahead, positions
+        self.inset = around if border == "reflect" else (0, 0)
+        # Whether output channels come as (position, channel), in which positions are easily moved; else, as the weights
+        # are stored, as (channel, position).
+        self.by_position = False
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:  # type: ignore[override]
+        if x.shape[2] == 0 and not cache.last:
+            return self._nothing(x, x.shape[3:])
         window = self.window(x, cache)
         window.write(rows_of(x))
         return self.convolve(window, cache, self.bias)
@@ -87,29 +126,40 @@ class CausalConv3d(nn.Conv3d):
         batch, channels, frames, height, width = x.shape
         taps, stride = self.kernel_size[0], self.stride[0]
         history = cache.take(self)
-        if history is None and frames == 1:
+        if history is None and frames == 1 and not self.copies:
             return Window(x.new_empty(batch, 1, height, width, channels), taps=1, shift=0, stride=1)
-        if history is None:
-            history = x.new_zeros(batch, self.memory, height, width, channels)
-        if self.stacked:
-            data = x.new_empty(batch, frames // stride, height, width, taps * channels)
-            window = Window(data, taps=taps, shift=self.memory, stride=stride)
+        shift = self.memory - (self.ahead if history is None else 0)
+        behind = self.ahead if cache.last else 0
+        sizes = (height + 2 * self.inset[0], width + 2 * self.inset[1])
+        if history is None and not self.copies:
+            history = x.new_zeros(batch, shift, *sizes, channels)
+        total = shift + frames + behind
+        if self.stacked and total >= taps:
+            data = x.new_empty(batch, (total - taps) // stride + 1, *sizes, taps * channels)
         else:
-            data = x.new_empty(batch, self.memory + frames, height, width, channels)
-            window = Window(data, taps=1, shift=self.memory, stride=1)
-        window.remember(history)
+            data, taps, stride = x.new_empty(batch, total, *sizes, channels), 1, 1
+        window = Window(
+            data, taps=taps, shift=shift, stride=stride, copies=history is None, behind=behind, inset=self.inset
+        )
+        if history is not None:
+            window.remember(history)
         return window
 
     def convolve(self, window: Window, cache: Cache, bias: Tensor | None) -> Tensor:
         """The convolution itself, once the window is full; the cache keeps the window's last frames."""
+        window.close()
         if not cache.last:
             cache.keep(self, window.last(self.memory))
         data, padding = window.data, self.padding[1:]
+        weight, bias = self._in_order(self.weight), None if bias is None else self._in_order(bias)
         if window.shift == 0:
-            return unstack(F.conv2d(stack(data), self.weight[:, :, -1], bias, 1, padding), data)
-        if not self.stacked:
-            return F.conv3d(data.movedim(-1, 1), self.weight, bias, self.stride, self.padding)
-        weight = self.weight.transpose(1, 2).flatten(1, 2)
+            return unstack(F.conv2d(stack(data), weight[:, :, -1], bias, 1, padding), data)
+        if window.taps == 1:
+            if data.shape[1] < self.kernel_size[0]:
+                rows, columns = self.inset
+                return self._nothing(data, (data.shape[2] - 2 * rows, data.shape[3] - 2 * columns))
+            return F.conv3d(data.movedim(-1, 1), weight, bias, self.stride, self.padding)
+        weight = weight.transpose(1, 2).flatten(1, 2)
         if self.kernel_size[1:] == (1, 1):
             return F.linear(data, weight.flatten(1), bias).movedim(-1, 1)
         return unstack(F.conv2d(stack(data), weight, bias, 1, padding), data)
@@ -117,33 +167,72 @@ class CausalConv3d(nn.Conv3d):
     def arrange(self) -> None:
         """Put the weights into the order in memory in which the formulation reads them; their shape (O, C, K, H, W)
         stays. Without it they are copied into that order at each call, which small layers do not notice."""
+        self.by_position = self.positions > 1
         if self.stacked:
             self.weight.data = self.weight.data.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        """Weights (O, C, ...) or biases (O) in the order in which their output channels come; weights stay
+        channels-last."""
+        if not self.by_position:
+            return values
+        rows = values.movedim(1, -1) if values.ndim > 1 else values
+        rows = rows.unflatten(0, (-1, self.positions)).transpose(0, 1).flatten(0, 1)
+        return rows.movedim(-1, 1) if values.ndim > 1 else rows
+
+    def _nothing(self, like: Tensor, sizes: Sequence[int]) -> Tensor:
+        """No frames, of pictures of these sizes."""
+        return like.new_empty(len(like), self.out_channels, 0, *sizes)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The input of a causal convolution while it is being written: remembered frames, then those of a piece.
+    """The input of a convolution while it is being written: remembered frames, those of a piece, and copies behind it.
 
     Call all of them e. With one tap, `data` (B, F, H, W, C) holds e as it is. With K taps, frame t of
     `data` (B, F, H, W, K * C) holds e[t * stride] to e[t * stride + K - 1] side by side.
 
     Attributes:
-        shift: how many remembered frames there are in e.
+        shift: how many frames there are in e before those of the piece.
+        copies: they are not remembered but copies of the first frame of the piece.
+        behind: copies of the last frame, at the end of e.
+        inset: rows and columns around each picture that hold its reflection.
     """
 
     data: Tensor
     taps: int
     shift: int
     stride: int
+    copies: bool = False
+    behind: int = 0
+    inset: tuple[int, int] = (0, 0)
 
     def write(self, frames_BTHWC: Tensor) -> None:
         """Fill in the piece."""
-        self._place(frames_BTHWC, self.shift)
+        rows, columns = self.inset
+        inner = self.data[:, :, rows : self.data.shape[2] - rows, columns : self.data.shape[3] - columns]
+        self._place(inner, frames_BTHWC, self.shift)
 
     def remember(self, frames_BTHWC: Tensor) -> None:
-        """Fill in the remembered frames."""
-        self._place(frames_BTHWC, 0)
+        """Fill in the remembered frames, with the reflection around them."""
+        self._place(self.data, frames_BTHWC, 0)
+
+    def close(self) -> None:
+        """Fill in copies and reflections, once the rest is there."""
+        if self.copies:
+            first = self._frame(self.shift)
+            self._place(self.data, first.expand(-1, self.shift, -1, -1, -1), 0)
+        if self.behind:
+            end = self.data.shape[1] * self.stride + self.taps - self.stride
+            last = self._frame(end - self.behind - 1)
+            self._place(self.data, last.expand(-1, self.behind, -1, -1, -1), end - self.behind)
+        rows, columns = self.inset
+        for row in range(rows):
+            self.data[:, :, row] = self.data[:, :, 2 * rows - row]
+            self.data[:, :, -1 - row] = self.data[:, :, -1 - 2 * rows + row]
+        for column in range(columns):
+            self.data[:, :, :, column] = self.data[:, :, :, 2 * columns - column]
+            self.data[:, :, :, -1 - column] = self.data[:, :, :, -1 - 2 * columns + column]
 
     def last(self, count: int) -> Tensor:
         """The last frames of e, zeros where there are too few."""
@@ -154,9 +243,14 @@ class Window:
             return self.data[:, -count:]
         return self.data[:, -1].unflatten(-1, (self.taps, -1))[..., -count:, :].movedim(-2, 1)
 
-    def _place(self, frames_BTHWC: Tensor, start: int) -> None:
+    def _frame(self, index: int) -> Tensor:
+        """Frame e[index] as (B, 1, H, W, C), from one of the slots that hold it; strides of one only."""
+        tap = max(index - self.data.shape[1] + 1, 0)
+        return self.data.unflatten(-1, (self.taps, -1))[:, index - tap : index - tap + 1, :, :, tap]
+
+    def _place(self, data: Tensor, frames_BTHWC: Tensor, start: int) -> None:
         """Write frames that are e[start], e[start + 1], ... into every slot that holds them."""
-        slots, stride = self.data.unflatten(-1, (self.taps, -1)), self.stride
+        slots, stride = data.unflatten(-1, (self.taps, -1)), self.stride
         for tap in range(self.taps):
             # Slot `tap` of frame t is e[t * stride + tap].
             first = max(-(-(start - tap) // stride), 0)
@@ -177,26 +271,66 @@ class Convolved(NamedTuple):
 
     def plus(self, other: Tensor) -> Tensor:
         """The sum with another feature map, in the place of the result."""
-        if self.bias is None:
-            return self.value.add_(other)
+        rows = rows_of(self.value)
+        if self.bias is None or not rows.is_contiguous():
+            return self.settled().add_(other)
         if not self.value.is_meta:
             from fastvideo_vae_core.ops.kernels.rms_norm import add_
 
-            add_(rows_of(self.value), self.bias, rows_of(other))
+            add_(rows, self.bias, rows_of(other))
+        return self.value
+
+    def plus_late(self, other: Tensor, layer: nn.Module, cache: Cache) -> Tensor:
+        """The sum with a feature map of which this result has not reached the end yet; what is not needed yet waits in
+        the cache under the name of the layer."""
+        waiting, frames = cache.take(layer), self.value.shape[2]
+        if waiting is None and frames == other.shape[2]:
+            return self.plus(other)
+        early = 0 if waiting is None else waiting.shape[1]
+        if waiting is not None and min(early, frames):
+            Convolved(self.value[:, :, :early], self.bias).plus(waiting.movedim(-1, 1)[:, :, :frames])
+        if frames > early:
+            Convolved(self.value[:, :, early:], self.bias).plus(other[:, :, : frames - early])
+        if not cache.last:
+            left = rows_of(other)[:, max(frames - early, 0) :]
+            if waiting is not None and early > frames:
+                left = torch.cat([waiting[:, frames:], left], 1)
+            cache.keep(layer, left)
         return self.value
 
 
-def norm_silu_conv(x: Tensor | Convolved, norm: RMSNorm, conv: CausalConv3d, cache: Cache) -> Convolved:
-    """conv(silu(norm(x))). The activation is written straight into the window that the convolution reads."""
+def norm_silu_conv(
+    x: Tensor | Convolved,
+    norm: RMSNorm | PixelNorm,
+    conv: CausalConv3d,
+    cache: Cache,
+    modulation: Modulation | None = None,
+) -> Convolved:
+    """conv(silu(norm(x))). The activation is written straight into the window that the convolution reads.
+
+    modulation: what a pixel norm is followed by, for each item of the batch.
+    """
     value, bias = x if isinstance(x, Convolved) else (x, None)
+    if value.shape[2] == 0 and not cache.last:
+        return Convolved(conv(value, cache), None)
     window = conv.window(value, cache)
     fuses = cache.fuses(value, conv)
     if not fuses:
-        window.write(rms_norm_silu(rows_of(value), norm.gamma.flatten()))
-    elif not value.is_meta:
+        window.write(norm.silu(rows_of(value), modulation))
+    elif not value.is_meta and value.shape[2]:
         from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
 
-        norm_silu_into(window.data, rows_of(value), norm.gamma.flatten(), bias, taps=window.taps, shift=window.shift)
+        norm_silu_into(
+            window.data,
+            rows_of(value),
+            norm.scale,
+            bias,
+            taps=window.taps,
+            shift=window.shift,
+            inset=window.inset,
+            eps=norm.eps,
+            modulation=modulation,
+        )
     # What the window was made from is not needed during the convolution.
     del x, value
     made = conv.convolve(window, cache, None if fuses else conv.bias)

@@ -5,6 +5,8 @@ Rows legend: (..., C), channels innermost, as feature maps lie in memory under `
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,8 +25,45 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
+    # The floor is of the length, not a term under its root.
+    eps = None
+
+    @property
+    def scale(self) -> Tensor:
+        """gamma (C)."""
+        return self.gamma.flatten()
+
     def forward(self, rows: Tensor) -> Tensor:
-        return rms_norm(rows, self.gamma.flatten())
+        return rms_norm(rows, self.scale)
+
+    def silu(self, rows: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """The norm and its activation."""
+        assert modulation is None, "only a pixel norm is modulated"
+        return rms_norm_silu(rows, self.scale)
+
+
+class PixelNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), with the mean over the channels; no parameters."""
+
+    scale = None
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return pixel_norm(rows, self.eps)
+
+    def silu(self, rows: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """The norm, the modulation and the activation."""
+        return pixel_norm_silu(rows, self.eps, modulation)
+
+
+class Modulation(NamedTuple):
+    """What a norm is followed by, for each item of the batch: y * (1 + scale) + shift; each (B, C)."""
+
+    scale: Tensor
+    shift: Tensor
 
 
 def rms_norm(rows: Tensor, gamma: Tensor) -> Tensor:
@@ -40,4 +79,20 @@ def rms_norm_silu(rows: Tensor, gamma: Tensor) -> Tensor:
     """The norm and its activation: the definition. The normalised rows are new, so SiLU overwrites them unless a
     gradient needs them."""
     wide = rms_norm(rows.to(torch.promote_types(rows.dtype, torch.float32)), gamma)
+    return F.silu(wide, inplace=not wide.requires_grad).to(rows.dtype)
+
+
+def pixel_norm(rows: Tensor, eps: float) -> Tensor:
+    """Normalise rows (..., C), in at least float32: the definition."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    length = (wide.square().mean(-1, keepdim=True) + eps).sqrt_()
+    return (wide / length).to(rows.dtype)
+
+
+def pixel_norm_silu(rows: Tensor, eps: float, modulation: Modulation | None = None) -> Tensor:
+    """The norm, its modulation and the activation: the definition. rows are (B, ..., C)."""
+    wide = pixel_norm(rows.to(torch.promote_types(rows.dtype, torch.float32)), eps)
+    if modulation is not None:
+        scale, shift = (each.to(wide.dtype).view(len(rows), *[1] * (rows.ndim - 2), -1) for each in modulation)
+        wide = torch.addcmul(shift, wide, 1 + scale)
     return F.silu(wide, inplace=not wide.requires_grad).to(rows.dtype)

@@ -232,7 +232,8 @@ def _fourier_basis(shape: Sequence[int]) -> Tensor:
 
 
 def _tensor(values: Any) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    # numpy makes a row of a single number.
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(np.shape(values))
 
 
 def _upward(folder: Path) -> Iterator[Path]:

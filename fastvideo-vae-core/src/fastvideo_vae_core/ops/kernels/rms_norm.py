@@ -1,4 +1,4 @@
-"""RMS norm and SiLU into the window of a causal convolution, and the sum behind one: a pass over memory each.
+"""RMS or pixel norm and SiLU into the window of a convolution, and the sum behind one: a pass over memory each.
 
 The definitions are `ops.rms_norm` and `ops.causal`; these kernels compute in float32 and round once.
 """
@@ -9,36 +9,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvideo_vae_core.ops.rms_norm import EPS
+from fastvideo_vae_core.ops.rms_norm import EPS, Modulation
 
 # Elements that one program holds.
 _TILE = 4096
 
 
-def norm_silu_into(out: Tensor, rows: Tensor, gamma: Tensor, bias: Tensor | None, *, taps: int, shift: int) -> None:
+def norm_silu_into(
+    out: Tensor,
+    rows: Tensor,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    *,
+    taps: int,
+    shift: int,
+    inset: tuple[int, int] = (0, 0),
+    eps: float | None = None,
+    modulation: Modulation | None = None,
+) -> None:
     """silu(norm(rows + bias)) of frames (B, T, H, W, C), written where a causal convolution reads it.
 
-    out: (B, F, H, W, taps * C), dense. Frame t goes to frame t + shift - j, columns [j * C, (j + 1) * C), for each tap
-    j whose frame exists.
+    out: (B, F, H + 2 inset, W + 2 inset, taps * C), dense. Frame t goes to frame t + shift - j, columns
+    [j * C, (j + 1) * C), for each tap j whose frame exists.
+    eps: under the root of the mean square; without it the norm is that of the length, with its floor.
+    modulation: behind the norm, for each item.
     """
     batch, frames, height, width, channels = rows.shape
     positions = height * width
     columns = triton.next_power_of_2(channels)
     block = max(_TILE // columns, 1)
+    # Where there is nothing to read, any tensor stands in.
+    scale, shifts = (each.contiguous() for each in modulation) if modulation is not None else (out, out)
     _norm_silu_kernel[(triton.cdiv(positions, block), batch * frames)](
         rows.contiguous(),
-        gamma if bias is None else bias,
-        gamma,
+        out if bias is None else bias,
+        out if gamma is None else gamma,
+        scale,
+        shifts,
         out,
         positions,
         frames,
         out.shape[1],
         shift,
+        width,
+        out.shape[3],
+        out.shape[2] * out.shape[3],
+        inset[0] * out.shape[3] + inset[1],
         channels**0.5,
         C=channels,
         TAPS=taps,
-        EPSILON=EPS,
+        FLOOR=EPS,
+        EPS=0.0 if eps is None else eps,
+        PIXEL=eps is not None,
         HAS_BIAS=bias is not None,
+        HAS_GAMMA=gamma is not None,
+        MODULATED=modulation is not None,
         BLOCK=block,
         COLUMNS=columns,
         num_warps=4,
@@ -58,16 +83,26 @@ def _norm_silu_kernel(
     x_ptr,
     bias_ptr,
     gamma_ptr,
+    scale_ptr,
+    shift_ptr,
     out_ptr,
     positions,
     frames,
     out_frames,
     shift,
-    scale,
+    width,
+    out_width,
+    out_positions,
+    corner,
+    root,
     C: tl.constexpr,
     TAPS: tl.constexpr,
-    EPSILON: tl.constexpr,
+    FLOOR: tl.constexpr,
+    EPS: tl.constexpr,
+    PIXEL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    MODULATED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -79,14 +114,25 @@ def _norm_silu_kernel(
     x = tl.load(x_ptr + (frame * positions + row) * C + column, mask=here, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True)), EPSILON)
-    y = x * (scale / length) * gamma
+    square = tl.sum(x * x, axis=1, keep_dims=True)
+    if PIXEL:
+        length = tl.sqrt(square / C + EPS)
+        y = x / length
+    else:
+        length = tl.maximum(tl.sqrt(square), FLOOR)
+        y = x * (root / length)
+    if HAS_GAMMA:
+        y = y * tl.load(gamma_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    if MODULATED:
+        factor = 1.0 + tl.load(scale_ptr + item * C + column, mask=column < C, other=0.0).to(tl.float32)
+        y = y * factor + tl.load(shift_ptr + item * C + column, mask=column < C, other=0.0).to(tl.float32)
     y = (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty)
+    # Without rows and columns around the pictures this is the row itself.
+    place = corner + row // width * out_width + row % width
     for tap in tl.static_range(TAPS):
         target = t + shift - tap
-        at = ((item * out_frames + target) * positions + row) * (TAPS * C) + tap * C + column
-        tl.store(out_ptr + at, y, mask=here & (target < out_frames))
+        at = ((item * out_frames + target) * out_positions + place) * (TAPS * C) + tap * C + column
+        tl.store(out_ptr + at, y, mask=here & (target >= 0) & (target < out_frames))
 
 
 @triton.jit

@@ -1,0 +1,54 @@
+"""The networks as they run on a GPU, with their kernels in Triton's interpreter, against their definitions."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from fastvideo_vae_core.testing.interpreter import interpreted
+
+# The device of the cache is what chooses the kernels; the tensors stay on the CPU.
+_SCRIPT = """
+import json, torch
+from dataclasses import replace
+from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_core.ops.causal import CausalConv3d
+from fastvideo_vae_core.testing.golden import fill, make_input
+from fastvideo_vae_core.testing.parity import relative_error
+from fastvideo_vae_ltx2 import LTX20_VIDEO, AutoencoderKLLTX2Video
+
+two = {"down_block_types": ("LTX2VideoDownBlock3D",) * 2, "spatio_temporal_scaling": (True,) * 2,
+       "decoder_spatio_temporal_scaling": (True,) * 2, "decoder_inject_noise": (False,) * 3,
+       "spatial_compression_ratio": None, "temporal_compression_ratio": None}
+reflecting = replace(
+    LTX20_VIDEO, **two, latent_channels=4, block_out_channels=(8, 16), decoder_block_out_channels=(16, 32),
+    layers_per_block=(1, 0, 1), decoder_layers_per_block=(1, 0, 1), downsample_type=("spatial", "spatiotemporal"),
+    upsample_type=("spatiotemporal", "spatial"), upsample_residual=(True, True), upsample_factor=(2, 2), patch_size=1,
+    timestep_conditioning=True)
+plain = replace(reflecting, decoder_spatial_padding_mode="zeros", upsample_residual=(False,) * 2,
+                timestep_conditioning=False)
+errors = {}
+with torch.no_grad():
+    for name, arch in (("reflecting", reflecting), ("plain", plain)):
+        vae = fill(AutoencoderKLLTX2Video(VAEConfig(arch_config=arch))).eval().requires_grad_(False)
+        z = make_input("kernels", (2, 4, 3, 2, 3), "latent")
+        x = make_input("kernels", vae.decoded_shape(z.shape), "video")
+        sample, parameters = vae._decode(z), vae._encode(x)
+        for layer in vae.modules():
+            if isinstance(layer, CausalConv3d):
+                layer.arrange()
+        for chunk in (1, 3):
+            made = vae._decode(z, chunk, torch.device("cuda")), vae._encode(x, chunk, torch.device("cuda"))
+            errors[f"{name} decode {chunk}"] = relative_error(made[0], sample)
+            errors[f"{name} encode {chunk}"] = relative_error(made[1], parameters)
+print(json.dumps(errors))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
+def test_the_networks_with_their_kernels() -> None:
+    errors = interpreted(_SCRIPT)
+    assert len(errors) == 8
+    # float32 in another order of operations, through some ten layers.
+    assert max(errors.values()) < 5e-6, errors
