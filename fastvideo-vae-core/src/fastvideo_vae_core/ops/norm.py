@@ -24,6 +24,11 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Moments:
         """Moments of x (B, C, ...) in `groups` groups of neighbouring channels."""
+        if _on_gpu(x) and not x.requires_grad:
+            # Imported here, and below, because Triton takes a second to import and only GPUs need it.
+            from fastvideo_vae_core.ops.kernels.group_norm import moments
+
+            return moments(x.contiguous(memory_format=_CHANNELS_LAST[x.ndim]), groups)
         grouped = x.reshape(x.shape[0], groups, -1)
         wide = grouped.to(torch.promote_types(x.dtype, torch.float32))
         # Around the tile's own mean, never as a difference of large squares; what float32 rounds off that mean is put
@@ -44,8 +49,8 @@ class Moments(NamedTuple):
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, moments: Moments | None = None) -> Tensor:
     """Normalise x (B, C, ...) by its own statistics, or by those of the larger grid that it is a part of."""
-    if _fused(x, norm):
-        return _on_gpu(x, norm, moments, silu=False)
+    if _fuses(x, norm):
+        return _fused(x, norm, moments, silu=False)
     if moments is None:
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     # y = x * scale + offset, one multiply-add an element, in at least float32 as PyTorch's own kernel does.
@@ -58,8 +63,8 @@ def group_norm_act(
     x: Tensor, norm: nn.GroupNorm, act: Callable[[Tensor], Tensor], moments: Moments | None = None
 ) -> Tensor:
     """Group norm and activation. The normalised tensor is new, so SiLU overwrites it unless a gradient needs it."""
-    if act is F.silu and _fused(x, norm):
-        return _on_gpu(x, norm, moments, silu=True)
+    if act is F.silu and _fuses(x, norm):
+        return _fused(x, norm, moments, silu=True)
     y = group_norm(x, norm, moments)
     return F.silu(y, inplace=True) if act is F.silu and not y.requires_grad else act(y)
 
@@ -72,24 +77,26 @@ def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
     return scale, norm.bias.double() - moments.mean.repeat_interleave(channels, dim=1) * scale
 
 
-def _fused(x: Tensor, norm: nn.GroupNorm) -> bool:
-    """Whether the Triton kernels take this: channels-last, on a GPU, at most float32, and nothing to differentiate."""
-    if not x.is_cuda or x.dtype == torch.float64 or not _TRITON:
-        return False
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if layout is None or not x.is_contiguous(memory_format=layout):
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
+def _on_gpu(x: Tensor) -> bool:
+    """Whether the Triton kernels can take this: channels innermost, on a GPU, at most float32."""
+    return x.is_cuda and _TRITON and x.dtype != torch.float64 and x.ndim in _CHANNELS_LAST and x.stride(1) == 1
 
 
-def _on_gpu(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool) -> Tensor:
-    # Imported here because Triton takes a second to import and only GPUs need it.
+def _fuses(x: Tensor, norm: nn.GroupNorm) -> bool:
+    """Whether the Triton kernels take this: there is nothing to differentiate either."""
+    return _on_gpu(x) and not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
+
+
+def _fused(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool) -> Tensor:
     from fastvideo_vae_core.ops.kernels import group_norm as kernels
 
+    # A part of a grid has gaps between its rows.
+    x = x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
     if moments is None:
         return kernels.group_norm_silu(x, norm, silu)
     scale, offset = affine_of(norm, moments)
     return kernels.apply_affine(x, scale.float(), offset.float(), silu)
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _TRITON = importlib.util.find_spec("triton") is not None
