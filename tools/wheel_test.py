@@ -63,7 +63,8 @@ def check_contents(dist: Path, member: Member) -> None:
 def check_installed(dist: Path, member: Member, scratch: Path, constraints: Path, options: argparse.Namespace) -> None:
     scratch.mkdir()
     python = wheels.clean_environment(scratch / "env", options.python)
-    extras = ["media"] if member.is_family else []
+    # What the demonstration of a family needs: files, and sound where it has any.
+    extras = sorted({"audio", "media"} & set(member.extras)) if member.is_family else []
     requirements = [wheels.wheel_requirement(wheels.find_wheel(dist, member), member, extras)]
     if member.is_family and not options.published_core:
         requirements.append(wheels.wheel_requirement(wheels.find_wheel(dist, core()), core()))
