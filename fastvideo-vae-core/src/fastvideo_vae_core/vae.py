@@ -395,10 +395,14 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             device=self.device,
             retry=retry,
             chunk=chunk,
-            notes=notes,
+            notes=(*notes, *self._formulation(direction, dtype)),
             _predict=self._predict,
         )
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
+
+    def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
+        """For people: which of several ways to compute the same the network takes on this device in that type."""
+        return ()
 
     def _configured_tile(self, shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...] | None:
         """The tile that the configuration asks for; None computes whole grids."""

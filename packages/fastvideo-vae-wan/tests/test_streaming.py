@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import relative_error
@@ -166,3 +167,10 @@ def latents(vae: AutoencoderKLWan) -> Tensor:
 def video(vae: AutoencoderKLWan) -> Tensor:
     shape = vae.decoded_shape((1, vae.arch.z_dim, LATENTS, 2, 3))
     return make_input("streaming", shape, "video").to(vae.dtype)
+
+
+def test_the_plan_says_which_convolutions_were_chosen() -> None:
+    with torch.device("meta"):
+        model = AutoencoderKLWan(VAEConfig(arch_config=WAN21))
+    [note] = model.plan_decode((1, 16, 21, 60, 104)).notes
+    assert note == "convolutions of 16, 96, 384 channels in 2-D over frames side by side"

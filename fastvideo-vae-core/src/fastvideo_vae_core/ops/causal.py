@@ -347,6 +347,18 @@ def stacks(channels: int, kernel: tuple[int, int, int]) -> bool:
     return kernel[1:] == (1, 1) or channels <= 128 or channels == 384
 
 
+def formulation(network: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """For people: how the convolutions and norms of a network are computed on that device in that type."""
+    convs = [each for each in network.modules() if isinstance(each, CausalConv3d) and each.kernel_size[1:] != (1, 1)]
+    widths = sorted({each.in_channels for each in convs if each.stacked})
+    notes = []
+    if widths:
+        notes.append(f"convolutions of {', '.join(map(str, widths))} channels in 2-D over frames side by side")
+    if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64:
+        notes.append("norm, SiLU and the input of the next convolution in one kernel")
+    return tuple(notes)
+
+
 def rows_of(x_BCTHW: Tensor) -> Tensor:
     """(B, T, H, W, C): a view of the same memory, channels innermost."""
     return x_BCTHW.movedim(1, -1)

@@ -44,6 +44,13 @@ class Run:
         return self.device.type == "cuda" and _HAS_TRITON and x.dtype in _FUSED and not differentiates
 
 
+def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """For people: how convolutions and norms are computed on that device in that type."""
+    if device.type == "cuda" and _HAS_TRITON and dtype in _FUSED:
+        return ("norm, SiLU and the input of the next convolution in one kernel; upsampling folded into convolutions",)
+    return ()
+
+
 @dataclass
 class Clip:
     """The feature map of a whole clip, in pieces that go when they are read.

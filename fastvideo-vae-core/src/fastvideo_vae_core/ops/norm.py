@@ -69,6 +69,13 @@ def group_norm_act(
     return F.silu(y, inplace=True) if act is F.silu and not y.requires_grad else act(y)
 
 
+def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """For people: how convolutions and norms are computed on that device in that type."""
+    if device.type == "cuda" and _TRITON and dtype in (torch.float16, torch.bfloat16):
+        return ("channels-last, group norm and SiLU in two kernels",)
+    return ()
+
+
 def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
     """The norm by given moments as y = x * scale + offset, float64 (B, C) each."""
     rstd = (moments.spread / moments.size + norm.eps).rsqrt()

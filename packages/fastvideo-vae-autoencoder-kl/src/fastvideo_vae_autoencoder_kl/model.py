@@ -21,7 +21,8 @@ from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.attention import GridAttention
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
-from fastvideo_vae_core.ops.norm import Moments, group_norm_act
+from fastvideo_vae_core.ops.norm import Moments, formulation, group_norm_act
+from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 
@@ -86,6 +87,9 @@ class AutoencoderKL(ParallelTiledVAE[DiagonalGaussianDistribution]):
 
     def _decode(self, z_BChw: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z_BChw))
+
+    def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
+        return formulation(self.device, dtype)
 
     def _normalization(self) -> tuple[float, float | None, Tensor | None, Tensor | None]:
         arch = self.arch

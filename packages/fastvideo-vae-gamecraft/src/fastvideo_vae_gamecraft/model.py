@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
-from fastvideo_vae_core.ops.clip import Clip, Run
+from fastvideo_vae_core.ops.clip import Clip, Run, formulation
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -153,6 +154,9 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
             raise ConfigError(f"a blend ({blend}) brings its own tiles; leave out tiling and budgets")
         blend.check(self.arch.temporal_compression_ratio, self.arch.spatial_compression_ratio)
         return replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole clip"))
+
+    def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
+        return formulation(self.device, dtype)
 
     def _execute(self, plan: Plan, x: Tensor) -> Tensor:
         latents = (plan.output_shape if plan.direction == "encode" else plan.input_shape)[2]

@@ -19,7 +19,7 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution, randn_like
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
-from fastvideo_vae_core.ops.causal import Cache
+from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.outputs import DecoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
@@ -383,6 +383,9 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         if latents == 1:
             return None
         return min(self._default_chunk(direction, shape) if asked is None else asked, latents)
+
+    def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
+        return formulation(self.encoder if direction == "encode" else self.decoder, self.device, dtype)
 
     def _predict(self, plan: Plan) -> int:
         """Pieces are alike once the first are through, so a short video tells the peak; the ends come on top."""

@@ -142,13 +142,14 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
         if tile is None and latents > 2 * _PIECE:
             tile = (_PIECE * self.arch.hop_length,)
         plan = super()._plan(direction, shape, memory_budget, tile, items, chunk)
-        notes = [formulation(plan.device, plan.dtype)]
-        if plan.tile is not None:
-            (axis,) = self._steps(direction)[0].axes
-            notes.append(
-                f"{axis.before // axis.down} latents of context before and {axis.after // axis.down} behind a piece"
-            )
-        return replace(plan, notes=(*plan.notes, *notes))
+        if plan.tile is None:
+            return plan
+        (axis,) = self._steps(direction)[0].axes
+        context = f"{axis.before // axis.down} latents of context before and {axis.after // axis.down} behind a piece"
+        return replace(plan, notes=(*plan.notes, context))
+
+    def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
+        return (formulation(self.device, dtype),)
 
     def _configured_tile(self, shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...] | None:
         if self.config.use_tiling:

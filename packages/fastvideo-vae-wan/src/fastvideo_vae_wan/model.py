@@ -18,7 +18,7 @@ from torch import Tensor
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.ops.causal import Cache
+from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import WHOLE, Axis, Step, run_steps
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -254,6 +254,9 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         if latents == 1:
             return None
         return min(self._default_chunk(direction, shape) if asked is None else asked, latents - 1)
+
+    def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
+        return formulation(self.encoder if direction == "encode" else self.decoder, self.device, dtype)
 
     def _predict(self, plan: Plan) -> int:
         """Pieces are alike from the third on, so a short video tells the peak; inputs and results come on top."""
