@@ -1,10 +1,21 @@
-"""What the training of every miniature shares: a log, a schedule by the clock, the steps, and the files at the end."""
+"""What the training of every miniature shares: its options, a folder that is never lost, a schedule by the clock.
+
+A run saves itself every minute, so that a machine that is taken away takes at most a minute with it, and another run
+goes on from there with `--start`. A folder holds
+
+    demo/              what ships, as of the last time
+    state.safetensors  the averaged weights in float32, from which another run goes on
+    run.txt            what was done so far, over all runs
+    log.txt
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +24,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # A little less than the three megabytes that a package may carry.
 LARGEST_WEIGHTS_BYTES = 2_980_000
+SAVE_SECONDS = 60
+WEIGHTS, STATE, DONE = "diffusion_pytorch_model.safetensors", "state.safetensors", "run.txt"
 
 M = TypeVar("M", bound=nn.Module)
 # From the model, a batch and weights to the loss and to what the log is told.
@@ -41,12 +54,74 @@ class Optimisation:
     averaging: float = 0.999
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a run goes, as the command line says.
+
+    Attributes:
+        minutes: for everything, from start to end; `reserve`: seconds of them that are kept for measuring.
+        start: the output of another run, to go on from.
+        measured: whether the held-out examples are measured and the README is written, or by `measure` later.
+    """
+
+    output: Path
+    minutes: float
+    reserve: float
+    device: str
+    compiled: bool
+    measured: bool
+    start: Path | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Way:
+        return cls(
+            output=options.output,
+            minutes=options.minutes,
+            reserve=options.reserve if options.measured else min(options.reserve, _CLOSING_SECONDS),
+            device=options.device,
+            compiled=options.compiled,
+            measured=options.measured,
+            start=options.start,
+        )
+
+
+def add_steps(
+    steps: Any,
+    data: Mapping[str, str],
+    *,
+    recipes: Sequence[str],
+    minutes: float,
+    reserve: float,
+    suffix: str = "",
+    compiles: bool = True,
+) -> None:
+    """The steps `train` and `measure` of a command line; `data` names the folders that both take, and explains them.
+
+    The first of the recipes is the one that wants a GPU.
+    """
+    training = steps.add_parser(f"train{suffix}", help="train, measure and write the demo folder")
+    measuring = steps.add_parser(f"measure{suffix}", help="measure what a run has saved, and write its README")
+    for step in (training, measuring):
+        for name, explanation in data.items():
+            step.add_argument(f"--{name}", type=Path, required=True, help=explanation)
+        step.add_argument("--output", type=Path, required=True, help="folder of the run")
+        step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    training.add_argument("--minutes", type=float, default=minutes, help="for everything, from start to end")
+    training.add_argument("--reserve", type=float, default=reserve, help="seconds of them that are kept for measuring")
+    training.add_argument("--no-measure", dest="measured", action="store_false", help=f"do `measure{suffix}` later")
+    training.set_defaults(compiled=compiles)
+    if compiles:
+        training.add_argument("--no-compile", dest="compiled", action="store_false", help="do without torch.compile")
+    training.add_argument("--recipe", choices=recipes, default=recipes[0], help=f"{recipes[0]} wants a GPU")
+    training.add_argument("--start", type=Path, help="folder of another run, to go on from")
+
+
 class Log:
     """Lines on the screen and in a file, each with the seconds since the start."""
 
-    def __init__(self, path: Path, started: float) -> None:
-        self.path, self.started = path, started
-        path.write_text("")
+    def __init__(self, path: Path) -> None:
+        self.path, self.started = path, time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text: str) -> None:
         line = f"[{time.monotonic() - self.started:6.1f} s] {text}"
@@ -55,21 +130,75 @@ class Log:
             file.write(line + "\n")
 
 
+class Run(Generic[M]):
+    """A training in a folder.
+
+    `write` puts the files that ship into a folder, from the averaged weights, and is told whether it is the last time.
+    `tell` says what so many steps are.
+    """
+
+    def __init__(
+        self, way: Way, how: Optimisation, write: Callable[[M, Path, bool], None], tell: Callable[[int], str]
+    ) -> None:
+        self.way, self.how, self.write, self.tell = way, how, write, tell
+        self.log = Log(way.output / "log.txt")
+        self.deadline = self.log.started + 60 * way.minutes - way.reserve
+        self.before = ""
+        if way.start is not None:
+            self.before = f"{(way.start / DONE).read_text(encoding='utf-8')}; then "
+        torch.backends.cudnn.benchmark = True
+
+    def begin(self, model: M, stored: Callable[[Path], nn.Module], largest: int = LARGEST_WEIGHTS_BYTES) -> M:
+        """The model on its device, with the weights of the run to go on from.
+
+        `stored` reads a demo folder: where nothing but what ships is left of a run, its rounded weights have to do.
+        """
+        start = self.way.start
+        if start is not None:
+            exact = (start / STATE).exists()
+            model.load_state_dict(load_file(start / STATE) if exact else stored(start / "demo").state_dict())
+        count = parameter_count(model, largest)
+        self.log(f"{self.how}\n{count} parameters, torch {torch.__version__}, {self.way.device}, {self.way}")
+        return model.to(self.way.device)
+
+    def save(self, averaged: M, steps: int, *, last: bool) -> None:
+        """Everything, first beside what is there already, so that at any time one of the two is whole."""
+        fresh, output = self.way.output / "saving", self.way.output
+        for folder in (fresh, output / "demo"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.write(averaged, fresh, last)
+        for path in fresh.iterdir():
+            os.replace(path, output / "demo" / path.name)
+        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in averaged.state_dict().items()}
+        save_file(state, fresh / STATE)
+        where = torch.cuda.get_device_name() if self.way.device.startswith("cuda") else "CPU"
+        minutes = (time.monotonic() - self.log.started) / 60
+        done = f"{self.before}{self.tell(steps)} in {minutes:.1f} minutes, on one {where}"
+        (fresh / DONE).write_text(done, encoding="utf-8")
+        for path in fresh.iterdir():
+            os.replace(path, output / path.name)
+        fresh.rmdir()
+
+
 class Trainer(Generic[M]):
-    """AdamW until a deadline, on a schedule by the clock, with a moving average of the weights.
+    """AdamW until a deadline, on a schedule by the clock, with a moving average of the weights, saved now and then.
 
     Attributes:
         averaged: the model with the averaged weights, which is the result.
         steps, passed: how many there were, and the share of the time that is over.
     """
 
-    def __init__(self, model: M, how: Optimisation, deadline: float) -> None:
-        self.how, self.deadline, self.begun = how, deadline, time.monotonic()
+    def __init__(self, model: M, run: Run[M]) -> None:
+        self.run, self.how, self.begun = run, run.how, time.monotonic()
+        self.saved = self.begun
         self.parameters: list[Tensor] = list(model.parameters())
         self.averaged = copy.deepcopy(model).requires_grad_(False)
         self.averages: list[Tensor] = list(self.averaged.parameters())
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), betas=how.betas, weight_decay=how.weight_decay, fused=self.parameters[0].is_cuda
+            model.parameters(),
+            betas=self.how.betas,
+            weight_decay=self.how.weight_decay,
+            fused=self.parameters[0].is_cuda,
         )
         self.steps, self.passed = 0, 0.0
 
@@ -83,7 +212,17 @@ class Trainer(Generic[M]):
         self.steps += 1
         stays = min(self.how.averaging, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - stays)
-        self.passed = (time.monotonic() - self.begun) / (self.deadline - self.begun)
+        now = time.monotonic()
+        self.passed = (now - self.begun) / (self.run.deadline - self.begun)
+        if now - self.saved > SAVE_SECONDS:
+            self.run.save(self.averaged, self.steps, last=False)
+            self.saved = time.monotonic()
+
+    def finish(self) -> M:
+        """Save for the last time; the averaged model."""
+        self.run.save(self.averaged, self.steps, last=True)
+        self.run.log(f"trained for {self.steps} steps")
+        return self.averaged
 
 
 class Progress:
@@ -164,10 +303,14 @@ def write_checkpoint(folder: Path, class_name: str, tensors: Mapping[str, Tensor
     """Write weights and configuration as diffusers names and lays them out."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         sys.exit("a weight is not finite in the type in which it is stored")
-    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights = folder / WEIGHTS
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     # safetensors writes files that only their owner may read.
     weights.chmod(0o644)
     stated = {"_class_name": class_name, "_diffusers_version": "0.39.0"}
     stated |= {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+
+
+# Enough for the last time of saving.
+_CLOSING_SECONDS = 10

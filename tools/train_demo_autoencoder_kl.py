@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -29,15 +28,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from demo_photographs import SHIPPED, measure, prepare, sources, training
+import demo_photographs
+from demo_photographs import SHIPPED, prepare, sources, training
 from demo_training import (
+    DONE,
+    WEIGHTS,
     Log,
     Objective,
     Optimisation,
     Progress,
+    Run,
     Trainer,
+    Way,
+    add_steps,
     compiled_or_plain,
-    parameter_count,
     psnr_and_speed,
     write_checkpoint,
 )
@@ -128,84 +132,43 @@ RECIPES = {"large": Recipe(), "polish": POLISH, "small": SMALL}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
-    if options.step == "prepare":
-        prepare(options.output)
-    else:
-        train(
-            RECIPES[options.recipe],
-            options.photographs,
-            options.output,
-            options.minutes,
-            options.device,
-            options.start,
-            compiled=options.compile,
-        )
-
-
-def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
     preparing = steps.add_parser("prepare", help="collect the photographs into a folder")
     preparing.add_argument("--output", type=Path, required=True)
-    training = steps.add_parser("train", help="train, measure and write the demo folder")
-    training.add_argument("--photographs", type=Path, required=True, help="what `prepare` wrote")
-    training.add_argument("--output", type=Path, required=True)
-    training.add_argument("--minutes", type=float, default=7.0, help="for everything, from start to end")
-    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    training.add_argument("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
-    training.add_argument("--recipe", choices=sorted(RECIPES), default="large", help="large wants a GPU")
-    training.add_argument("--start", type=Path, help="the output of another run, whose weights to go on from")
-    return parser
+    data = {"photographs": "what `prepare` wrote"}
+    add_steps(steps, data, recipes=tuple(RECIPES), minutes=7.0, reserve=45.0)
+    options = parser.parse_args(arguments)
+    if options.step == "prepare":
+        prepare(options.output)
+    elif options.step == "train":
+        train(RECIPES[options.recipe], options.photographs, Way.of(options))
+    else:
+        measure(options.photographs, options.output)
 
 
 # ---------------------------------------------------------------- train
 
 
-def train(
-    recipe: Recipe,
-    photographs: Path,
-    output: Path,
-    minutes: float,
-    device: str,
-    start: Path | None = None,
-    *,
-    compiled: bool,
-) -> None:
-    """Train until the time is nearly over, then write the demo folder from what the files themselves give back."""
-    started = time.monotonic()
-    (output / "demo").mkdir(parents=True, exist_ok=True)
-    log = Log(output / "log.txt", started)
+def train(recipe: Recipe, photographs: Path, way: Way) -> None:
+    """Train until the time is nearly over, saving what ships now and then."""
     torch.manual_seed(recipe.seed)
-    torch.backends.cudnn.benchmark = True
-    model = (initialised(recipe.arch) if start is None else load_saved(start / "demo").requires_grad_()).to(device)
-    log(f"{recipe}\n{parameter_count(model)} parameters, torch {torch.__version__}, {device}")
-    pictures = list(training(photographs))
-    crops = [Crops(pictures, recipe, stage, torch.device(device)) for stage in recipe.stages]
-    log("; ".join(f"{len(c.starts)} pictures of {len(c.levels_PC) / 1e6:.1f} million pixels" for c in crops))
-
-    deadline = started + 60 * minutes - RESERVED_SECONDS
-    averaged, steps = fit(model, crops, recipe, deadline, log, compiled=compiled)
-    save(averaged, recipe.arch, output / "demo")
-    log(f"trained for {steps} steps")
-    shift, scale = latent_scaling(averaged, crops[-1])
-    arch = replace(
-        recipe.arch, shift_factor=shift, scaling_factor=scale, force_upcast=not fits_half(averaged, photographs)
-    )
-    save(averaged, arch, output / "demo")
-
-    measured = list(measure(load_saved(output / "demo"), photographs, output / "held-out.png"))
-    table = "\n".join(f"| {m.name} | {m.width} × {m.height} | {m.psnr:.2f} | {m.ssim:.4f} |" for m in measured)
-    log(f"{HEADER}\n{table}\n{arch}\nlowest {min(m.psnr for m in measured):.2f} dB")
-    shutil.copyfile(photographs / "held-out" / f"{SHIPPED}.jpg", output / "demo" / "photograph.jpg")
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     batches = ", then ".join(f"{stage.batch} crops of {stage.side}² pixels" for stage in recipe.stages)
-    run = f"{steps} steps of {batches} in {minutes:g} minutes, on one {where}"
-    if start is not None:
-        run = f"{(start / 'run.txt').read_text(encoding='utf-8')}; then {run}"
-    (output / "run.txt").write_text(run, encoding="utf-8")
-    (output / "demo" / "README.md").write_text(readme(recipe, run, table, sources(photographs)), encoding="utf-8")
-    log("done")
+
+    def write(averaged: AutoencoderKL, folder: Path, last: bool) -> None:
+        shift, scale = latent_scaling(averaged, crops[-1])
+        upcast = not (last and fits_half(averaged, photographs))
+        arch = replace(recipe.arch, shift_factor=shift, scaling_factor=scale, force_upcast=upcast)
+        save(averaged, arch, folder)
+
+    run = Run[AutoencoderKL](way, recipe, write, lambda steps: f"{steps} steps of {batches}")
+    model = run.begin(initialised(recipe.arch), load_saved)
+    pictures = list(training(photographs))
+    crops = [Crops(pictures, recipe, stage, torch.device(way.device)) for stage in recipe.stages]
+    run.log("; ".join(f"{len(c.starts)} pictures of {len(c.levels_PC) / 1e6:.1f} million pixels" for c in crops))
+    fit(model, crops, recipe, run)
+    if way.measured:
+        measure(photographs, way.output)
 
 
 def initialised(arch: AutoencoderKLArchConfig) -> AutoencoderKL:
@@ -293,23 +256,21 @@ def objective(model: AutoencoderKL, x_BCHW: Tensor, weights: Tensor, kl: Tensor)
     return squared + weights[0] * error.abs().mean() + weights[1] * slopes + kl * divergence, squared.detach()
 
 
-def fit(
-    model: AutoencoderKL, crops: Sequence[Crops], recipe: Recipe, deadline: float, log: Log, *, compiled: bool
-) -> tuple[AutoencoderKL, int]:
-    """Train until the deadline, and give the moving average of the weights."""
+def fit(model: AutoencoderKL, crops: Sequence[Crops], recipe: Recipe, run: Run[AutoencoderKL]) -> None:
+    """Train until the deadline."""
     kl = torch.tensor(recipe.kl, device=model.device)
     compute: Objective = objective
-    if compiled:
+    if run.way.compiled:
         examples = {f"crops of {each.side}² pixels": (model, each.draw(), each.weights, kl) for each in crops}
-        compute = compiled_or_plain(objective, examples, model, log)
-    trainer = Trainer(model, recipe, deadline)
+        compute = compiled_or_plain(objective, examples, model, run.log)
+    trainer = Trainer(model, run)
     for stage, source in zip(recipe.stages, crops, strict=True):
-        progress = Progress(told_of(stage), log, every=200)
+        progress = Progress(told_of(stage), run.log, every=200)
         while trainer.passed < stage.until:
             loss, squared = compute(model, source.draw(), source.weights, kl)
             trainer.step(loss)
             progress(squared, trainer)
-    return trainer.averaged, trainer.steps
+    trainer.finish()
 
 
 def told_of(stage: Stage) -> Callable[[Sequence[float], float], str]:
@@ -346,18 +307,30 @@ def load_saved(folder: Path) -> AutoencoderKL:
     """What was written, in float32 on the CPU."""
     arch = AutoencoderKLArchConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     model = AutoencoderKL(VAEConfig(arch_config=arch))
-    model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    model.load_state_dict(load_file(folder / WEIGHTS))
     return model.requires_grad_(False)
 
 
-def readme(recipe: Recipe, run: str, table: str, photographs: Sequence[dict[str, Any]]) -> str:
+def measure(photographs: Path, output: Path) -> None:
+    """Complete the demo folder of a run from what its files themselves give back."""
+    log, folder = Log(output / "log.txt"), output / "demo"
+    stored = load_saved(folder)
+    measured = list(demo_photographs.measure(stored, photographs, output / "held-out.png"))
+    table = "\n".join(f"| {m.name} | {m.width} × {m.height} | {m.psnr:.2f} | {m.ssim:.4f} |" for m in measured)
+    log(f"{HEADER}\n{table}\n{stored.arch}\nlowest {min(m.psnr for m in measured):.2f} dB")
+    shutil.copyfile(photographs / "held-out" / f"{SHIPPED}.jpg", folder / "photograph.jpg")
+    run = (output / DONE).read_text(encoding="utf-8")
+    (folder / "README.md").write_text(readme(stored.arch, run, table, sources(photographs)), encoding="utf-8")
+    log("done")
+
+
+def readme(arch: AutoencoderKLArchConfig, run: str, table: str, photographs: Sequence[dict[str, Any]]) -> str:
     """The README of the demo folder."""
     shipped = next(each for each in photographs if each["name"] == SHIPPED)
     lists: dict[bool, list[str]] = {False: [], True: []}
     for each in photographs:
         row = f"| {each['name']} | {each['package']} | {each['licence']} | {each['credit']} |"
         lists[each["held_out"]].append(row)
-    arch = recipe.arch
     return README.format(
         run=run,
         date=date.today().isoformat(),
@@ -417,9 +390,6 @@ Held out:
 {held_out}
 """
 HEADER = "| photograph | size | PSNR, dB | SSIM |\n|---|---|---|---|"
-
-# Time for saving and measuring behind the training.
-RESERVED_SECONDS = 45
 
 if __name__ == "__main__":
     main()

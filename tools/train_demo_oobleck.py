@@ -16,21 +16,30 @@ import copy
 import json
 import shutil
 import tempfile
-import time
-import wave
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from demo_training import Log, Optimisation, Progress, Trainer, parameter_count, write_checkpoint
+from demo_training import (
+    DONE,
+    WEIGHTS,
+    Log,
+    Optimisation,
+    Progress,
+    Run,
+    Trainer,
+    Way,
+    add_steps,
+    write_checkpoint,
+)
+from demo_waves import read_wave, write_wave
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_oobleck.checkpoint import weight_norm_state_dict
 from fastvideo_vae_oobleck.config import OobleckArchConfig
@@ -70,21 +79,24 @@ class Recipe(Optimisation):
     weight_decay: float = 1e-4
 
 
+RECIPES = {"large": Recipe(), "small": Recipe(samples=4096, batch=4, windows=(1024, 256, 64))}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
     preparing = steps.add_parser("prepare", help="collect the recordings into a folder")
     preparing.add_argument("--output", type=Path, required=True)
-    training = steps.add_parser("train", help="train, measure and write the demo folder")
-    training.add_argument("--recordings", type=Path, required=True, help="what `prepare` wrote")
-    training.add_argument("--output", type=Path, required=True)
-    training.add_argument("--minutes", type=float, default=5.0, help="for everything, from start to end")
-    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_steps(
+        steps, {"recordings": "what `prepare` wrote"}, recipes=tuple(RECIPES), minutes=5.0, reserve=15.0, compiles=False
+    )
     options = parser.parse_args(arguments)
     if options.step == "prepare":
         prepare(options.output)
+    elif options.step == "train":
+        train(RECIPES[options.recipe], options.recordings, Way.of(options))
     else:
-        train(Recipe(), options.recordings, options.output, options.minutes, options.device)
+        measure(options.recordings, options.output, options.device)
 
 
 # -------------------------------------------------------------------- prepare
@@ -131,7 +143,7 @@ def prepare(output: Path) -> None:
             x_CS = x_CS[:2] if len(x_CS) > 1 else x_CS.expand(2, -1)
             folder = output / ("held-out" if recording.held_out else "training")
             folder.mkdir(parents=True, exist_ok=True)
-            write_wave(folder / f"{recording.name}.wav", x_CS)
+            write_wave(folder / f"{recording.name}.wav", x_CS, RATE)
             if recording.name == SHIPPED:
                 shutil.copyfile(source, output / f"recording{source.suffix}")
             listed.append({**asdict(recording), "length": x_CS.shape[1] / RATE})
@@ -139,47 +151,24 @@ def prepare(output: Path) -> None:
     (output / "sources.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_wave(path: Path, x_CS: Tensor) -> None:
-    levels = (x_CS.clamp(-1, 1) * 32767).round().to(torch.int16)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(len(x_CS))
-        file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes(levels.T.contiguous().numpy().tobytes())
-
-
-def read_wave(path: Path) -> Tensor:
-    """(2, S) in [-1, 1]. The standard library reads it, so that training needs nothing else."""
-    with wave.open(str(path), "rb") as file:
-        levels = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, file.getnchannels())
-    return torch.from_numpy(levels.T.astype(np.float32) / 32768)
-
-
 # -------------------------------------------------------------------- train
 
 
-def train(recipe: Recipe, recordings: Path, output: Path, minutes: float, device: str) -> None:
-    """Train until the time is nearly over, then write the demo folder from what the files themselves give back."""
-    started = time.monotonic()
-    (output / "demo").mkdir(parents=True, exist_ok=True)
-    log = Log(output / "log.txt", started)
+def train(recipe: Recipe, recordings: Path, way: Way) -> None:
+    """Train until the time is nearly over, saving what ships now and then."""
     torch.manual_seed(recipe.seed)
-    torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    model = initialised(recipe.arch).to(device)
-    log(f"{recipe}\n{parameter_count(model, LARGEST_WEIGHTS_BYTES)} parameters, torch {torch.__version__}, {device}")
-    clips = Clips([read_wave(path) for path in sorted((recordings / "training").glob("*.wav"))], recipe, device)
-    averaged, steps = fit(model, clips, recipe, started + 60 * minutes - RESERVED_SECONDS, log)
-    save(averaged, recipe.arch, output / "demo")
-    log(f"trained for {steps} steps")
-    table = "\n".join(measure(load_saved(output / "demo").to(device), recordings, output))
-    log(f"{HEADER}\n{table}")
-    shipped = next(recordings.glob("recording.*"))
-    shutil.copyfile(shipped, output / "demo" / shipped.name)
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    run = f"{steps} steps of {recipe.batch} clips of {recipe.samples} samples in {minutes:g} minutes on one {where}"
-    (output / "demo" / "README.md").write_text(readme(recipe, run, table, recordings), encoding="utf-8")
-    log("done")
+    run = Run[AutoencoderOobleck](
+        way,
+        recipe,
+        lambda averaged, folder, _: save(averaged, recipe.arch, folder),
+        lambda steps: f"{steps} steps of {recipe.batch} clips of {recipe.samples} samples",
+    )
+    model = run.begin(initialised(recipe.arch), load_saved, LARGEST_WEIGHTS_BYTES)
+    clips = Clips([read_wave(path) for path in sorted((recordings / "training").glob("*.wav"))], recipe, way.device)
+    fit(model, clips, recipe, run)
+    if way.measured:
+        measure(recordings, way.output, way.device)
 
 
 def initialised(arch: OobleckArchConfig) -> AutoencoderOobleck:
@@ -245,12 +234,10 @@ class Spectral:
         return (spectrum.real.square() + spectrum.imag.square() + 1e-5).sqrt()
 
 
-def fit(
-    model: AutoencoderOobleck, clips: Clips, recipe: Recipe, deadline: float, log: Log
-) -> tuple[AutoencoderOobleck, int]:
-    """Train until the deadline, and give the moving average of the weights."""
+def fit(model: AutoencoderOobleck, clips: Clips, recipe: Recipe, run: Run[AutoencoderOobleck]) -> None:
+    """Train until the deadline."""
     spectral = Spectral(recipe.windows, str(model.device))
-    trainer, progress = Trainer(model, recipe, deadline), Progress(told, log, every=100)
+    trainer, progress = Trainer(model, run), Progress(told, run.log, every=100 if model.device.type == "cuda" else 10)
     while trainer.passed < 1:
         x_BCS = clips.draw()
         posterior = model.posterior(model.encoder(x_BCS))
@@ -260,7 +247,7 @@ def fit(
         trainer.step(recipe.waveform * waveform + recipe.spectral * magnitudes + recipe.kl * divergence)
         with torch.no_grad():
             progress(torch.stack([waveform, magnitudes, si_sdr(made_BCS, x_BCS).median()]), trainer)
-    return trainer.averaged, trainer.steps
+    trainer.finish()
 
 
 def told(means: Sequence[float], _: float) -> str:
@@ -274,7 +261,20 @@ def si_sdr(made_BCS: Tensor, x_BCS: Tensor) -> Tensor:
     return 10 * torch.log10((target.square().sum(1) + 1e-8) / ((made - target).square().sum(1) + 1e-8))
 
 
-def measure(model: AutoencoderOobleck, recordings: Path, output: Path) -> list[str]:
+def measure(recordings: Path, output: Path, device: str) -> None:
+    """Complete the demo folder of a run from what its files themselves give back."""
+    log, folder = Log(output / "log.txt"), output / "demo"
+    model = load_saved(folder).to(device)
+    table = "\n".join(ratios(model, recordings, output))
+    log(f"{HEADER}\n{table}")
+    shipped = next(recordings.glob("recording.*"))
+    shutil.copyfile(shipped, folder / shipped.name)
+    run = (output / DONE).read_text(encoding="utf-8")
+    (folder / "README.md").write_text(readme(model.arch, run, table, recordings), encoding="utf-8")
+    log("done")
+
+
+def ratios(model: AutoencoderOobleck, recordings: Path, output: Path) -> list[str]:
     """A line of the table for each held-out recording, through the mode of the posterior; and files to listen to."""
     lines = []
     for path in sorted((recordings / "held-out").glob("*.wav")):
@@ -282,7 +282,7 @@ def measure(model: AutoencoderOobleck, recordings: Path, output: Path) -> list[s
         with torch.inference_mode():
             z = model.encode(model.pad_to_valid(x)).latent_dist.mode()
             made = model.crop_to(model.decode(z).sample, x.shape)
-        write_wave(output / f"{path.stem}-made.wav", made[0].cpu())
+        write_wave(output / f"{path.stem}-made.wav", made[0].cpu(), RATE)
         lines.append(f"| {path.stem} | {x.shape[2] / RATE:.1f} s | {float(si_sdr(made, x)):.2f} |")
     return lines
 
@@ -299,13 +299,13 @@ def load_saved(folder: Path) -> AutoencoderOobleck:
     """What was written, in float32."""
     arch = OobleckArchConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     model = AutoencoderOobleck(VAEConfig(arch_config=arch))
-    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+    stored = load_file(folder / WEIGHTS)
     plain = {name.removesuffix("_v"): tensor for name, tensor in stored.items() if not name.endswith("weight_g")}
     model.load_state_dict(plain)
     return model.eval().requires_grad_(False)
 
 
-def readme(recipe: Recipe, run: str, table: str, recordings: Path) -> str:
+def readme(arch: OobleckArchConfig, run: str, table: str, recordings: Path) -> str:
     """The README of the demo folder."""
     listed: list[dict[str, Any]] = json.loads((recordings / "sources.json").read_text(encoding="utf-8"))
     rows: dict[bool, list[str]] = {False: [], True: []}
@@ -317,7 +317,6 @@ def readme(recipe: Recipe, run: str, table: str, recordings: Path) -> str:
         )
         rows[each["held_out"]].append("| " + " | ".join(cells) + " |")
     shipped = next(each for each in listed if each["name"] == SHIPPED)
-    arch = recipe.arch
     return README.format(
         run=run,
         date=date.today().isoformat(),
@@ -380,8 +379,6 @@ HEADER = "| recording | length | SI-SDR, dB |\n|---|---|---|"
 
 # The norms are stored in float32, beside directions of the same number of values.
 LARGEST_WEIGHTS_BYTES = 2_940_000
-# Time for saving and measuring behind the training.
-RESERVED_SECONDS = 15
 
 _ARCADE = Package(
     kind="wheel",

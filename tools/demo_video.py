@@ -1,0 +1,483 @@
+"""What the trainings of miniatures of video share: crops of clips, the objective, the steps, measuring and the README.
+
+Free video in packages is little, so a camera also moves over photographs; see demo_clips.py and demo_photographs.py.
+
+Shape legend: B batch, C channels; T frames, H, W pixels; P pixels of all frames in a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import demo_clips
+import demo_photographs
+from demo_clips import SHIPPED
+from demo_training import (
+    DONE,
+    WEIGHTS,
+    Log,
+    Objective,
+    Optimisation,
+    Progress,
+    Run,
+    Trainer,
+    Way,
+    add_steps,
+    compiled_or_plain,
+    psnr_and_speed,
+    write_checkpoint,
+)
+from fastvideo_vae_core.config import VAEArchConfig, VAEConfig
+from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
+from fastvideo_vae_core.media.images import from_uint8
+from fastvideo_vae_core.vae import ParallelTiledVAE
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+Model = ParallelTiledVAE[DiagonalGaussianDistribution]
+Arch = TypeVar("Arch", bound=VAEArchConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the training, until a share of the time has passed.
+
+    Attributes:
+        frames, side, batch: of the crops.
+        l1, gradient: weights, beside the squared error, of the absolute errors of pixels and of their differences in
+            space.
+    """
+
+    until: float
+    frames: int
+    side: int
+    batch: int
+    l1: float = 0.0
+    gradient: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Optimisation, Generic[Arch]):
+    """What a miniature is and how it learns.
+
+    Attributes:
+        stages: in the last only the squared error counts, because PSNR measures that. Crops of one size are compiled
+            once, which takes a minute or two.
+        clip_scales, photograph_scales: pictures are shrunk to these; each crop comes from one of them.
+        photographs: share of the crops in which a camera moves over a photograph.
+        shaken: share of the crops of clips in which the crop moves.
+        speed: of the camera, at most, in pixels per frame.
+        jitter: share of the crops whose colours are changed.
+        kl: weight of the Kullback-Leibler divergence per latent value.
+    """
+
+    arch: Arch
+    seed: int = 0
+    stages: tuple[Stage, ...] = (
+        Stage(until=0.6, frames=9, side=128, batch=4, l1=0.05, gradient=0.05),
+        Stage(until=1.0, frames=9, side=128, batch=4),
+    )
+    clip_scales: tuple[float, ...] = (1.0, 0.71)
+    photograph_scales: tuple[float, ...] = (0.71, 0.5, 0.35, 0.25)
+    photographs: float = 0.5
+    shaken: float = 0.3
+    speed: float = 4.0
+    jitter: float = 0.3
+    kl: float = 1e-5
+    learning_rate: float = 2e-3
+
+
+# What a CPU can rehearse in a minute.
+SMALL_STAGES = (
+    Stage(until=0.8, frames=5, side=64, batch=2, l1=0.05, gradient=0.05),
+    Stage(until=1.0, frames=5, side=64, batch=2),
+)
+
+
+def encode(model: Model, x_BCTHW: Tensor) -> Tensor:
+    """The parameters of the posterior, as the model itself computes them."""
+    return model.encode(x_BCTHW).latent_dist.parameters
+
+
+def decode(model: Model, z_BCthw: Tensor) -> Tensor:
+    return model.decode(z_BCthw).sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Miniature(Generic[Arch]):
+    """A family's miniature of video.
+
+    Attributes:
+        script: the file in `tools`; `class_name`: of its configuration, as diffusers has it.
+        initialised: a model that is about to be trained.
+        with_statistics: architecture and state of a model with these means and deviations of its latents.
+        configuration: what of an architecture is written.
+        describe: the sentence of the README that says what it is.
+        encode, decode: the two halves, to be differentiated and compiled.
+    """
+
+    script: str
+    class_name: str
+    model: Callable[[VAEConfig], Model]
+    arch: type[Arch]
+    recipes: Mapping[str, Recipe[Arch]]
+    initialised: Callable[[Arch], Model]
+    with_statistics: Callable[[Arch, dict[str, Tensor], Tensor, Tensor], tuple[Arch, dict[str, Tensor]]]
+    configuration: Callable[[Arch], dict[str, Any]]
+    describe: Callable[[Arch], str]
+    encode: Callable[[Any, Tensor], Tensor] = encode
+    decode: Callable[[Any, Tensor], Tensor] = decode
+
+    def load(self, folder: Path) -> Model:
+        """What was written, in float32 on the CPU."""
+        arch = self.arch.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        model = self.model(VAEConfig(arch_config=arch))
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        return model.requires_grad_(False)
+
+    def save(self, model: Model, arch: Arch, statistics: tuple[Tensor, Tensor], folder: Path) -> None:
+        """Write the weights in float16, and the configuration."""
+        arch, state = self.with_statistics(arch, model.state_dict(), *statistics)
+        tensors = {name: tensor.half() for name, tensor in state.items()}
+        write_checkpoint(folder, self.class_name, tensors, self.configuration(arch))
+
+
+DATA = {"clips": "what demo_clips.py wrote", "photographs": "what demo_photographs.py wrote"}
+
+
+def main(miniature: Miniature[Any], doc: str | None, arguments: Sequence[str] | None = None) -> None:
+    """The command line of a script that trains nothing else."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    steps = parser.add_subparsers(dest="step", required=True)
+    add_steps(steps, DATA, recipes=tuple(miniature.recipes), minutes=8.0, reserve=60.0)
+    options = parser.parse_args(arguments)
+    if options.step == "train":
+        train(miniature, miniature.recipes[options.recipe], options.clips, options.photographs, Way.of(options))
+    else:
+        measure(miniature, options.clips, options.photographs, options.output, options.device)
+
+
+# ---------------------------------------------------------------- train
+
+
+def train(miniature: Miniature[Arch], recipe: Recipe[Arch], clips: Path, photographs: Path, way: Way) -> None:
+    """Train until the time is nearly over, saving what ships now and then."""
+    torch.manual_seed(recipe.seed)
+    batches = ", then ".join(f"{s.batch} crops of {s.frames} frames of {s.side}² pixels" for s in recipe.stages)
+
+    def write(averaged: Model, folder: Path, _: bool) -> None:
+        miniature.save(averaged, recipe.arch, statistics(miniature, averaged, material, recipe.stages[-1]), folder)
+
+    run = Run[Model](way, recipe, write, lambda steps: f"{steps} steps of {batches}")
+    model = run.begin(miniature.initialised(recipe.arch), miniature.load)
+    material = Material(
+        list(demo_clips.training(clips)), list(demo_photographs.training(photographs)), recipe, way.device
+    )
+    run.log(f"{len(material.starts)} clips and photographs of {len(material.pixels_PC) / 1e6:.1f} million pixels")
+    fit(miniature, model, material, recipe, run)
+    if way.measured:
+        measure(miniature, clips, photographs, way.output, way.device)
+
+
+def fit(miniature: Miniature[Arch], model: Model, material: Material, recipe: Recipe[Arch], run: Run[Model]) -> None:
+    """Train until the deadline."""
+    kl = torch.tensor(recipe.kl, device=model.device)
+    weights = [torch.tensor([stage.l1, stage.gradient], device=model.device) for stage in recipe.stages]
+    plain = objective_of(miniature)
+    compute = plain
+    if run.way.compiled:
+        shapes = {(s.frames, s.side, s.batch): (s, weight) for s, weight in zip(recipe.stages, weights, strict=True)}
+        examples = {
+            f"{stage.frames} frames of {stage.side}²": (model, material.draw(stage), weight, kl)
+            for stage, weight in shapes.values()
+        }
+        compute = compiled_or_plain(plain, examples, model, run.log)
+    trainer = Trainer(model, run)
+    for stage, weight in zip(recipe.stages, weights, strict=True):
+        progress = Progress(told_of(stage), run.log, every=100 if model.device.type == "cuda" else 10)
+        while trainer.passed < stage.until:
+            loss, squared = compute(model, material.draw(stage), weight, kl)
+            trainer.step(loss)
+            progress(squared, trainer)
+    trainer.finish()
+
+
+def objective_of(miniature: Miniature[Any]) -> Objective:
+    def objective(model: Model, x_BCTHW: Tensor, weights: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the mean squared error in it; `weights` are those of the absolute errors."""
+        with torch.autocast(x_BCTHW.device.type, torch.bfloat16, enabled=x_BCTHW.is_cuda):
+            posterior = DiagonalGaussianDistribution(miniature.encode(model, x_BCTHW).float())
+            y_BCTHW = miniature.decode(model, posterior.sample()).float()
+        error = y_BCTHW - x_BCTHW
+        squared = error.square().mean()
+        slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return squared + weights[0] * error.abs().mean() + weights[1] * slopes + kl * divergence, squared.detach()
+
+    return objective
+
+
+def told_of(stage: Stage) -> Callable[[Sequence[float], float], str]:
+    def tell(means: Sequence[float], steps_per_second: float) -> str:
+        pixels = stage.batch * stage.frames * stage.side**2
+        return f"training {psnr_and_speed(means[0], steps_per_second * pixels)}"
+
+    return tell
+
+
+def statistics(miniature: Miniature[Any], model: Model, material: Material, stage: Stage) -> tuple[Tensor, Tensor]:
+    """Means and deviations of each channel of the latents of training crops, on the CPU."""
+    with torch.inference_mode():
+        z = torch.cat([miniature.encode(model, material.draw(stage)).chunk(2, dim=1)[0] for _ in range(_STATISTICS)])
+    std, mean = torch.std_mean(z.double().cpu(), dim=(0, 2, 3, 4))
+    return mean, std
+
+
+# ---------------------------------------------------------------- material
+
+
+class Material:
+    """All clips and photographs in all scales, which lie in the device's memory as one row of 8-bit pixels.
+
+    A photograph is a clip of one frame.
+    """
+
+    def __init__(self, clips: Sequence[Array], photographs: Sequence[Array], recipe: Recipe[Any], device: str) -> None:
+        side = max(stage.side for stage in recipe.stages)
+        levels = [level for clip in clips for level in _shrunk(clip, recipe.clip_scales, side)]
+        still = [level for each in photographs for level in _shrunk(each[None], recipe.photograph_scales, side)]
+        shares = torch.tensor([1 - recipe.photographs] * len(levels) + [recipe.photographs] * len(still))
+        shares[: len(levels)] /= len(levels)
+        shares[len(levels) :] /= len(still)
+        sizes = torch.tensor([level.shape[:3] for level in (*levels, *still)])
+        self.recipe = recipe
+        self.frames, self.heights, self.widths = sizes.to(device).unbind(1)
+        self.starts = (sizes.prod(1).cumsum(0) - sizes.prod(1)).to(device)
+        # The square root of the size stands between every picture and every pixel counting alike.
+        roots = sizes.prod(1).double().sqrt()
+        for part in (slice(0, len(levels)), slice(len(levels), None)):
+            shares[part] = shares[part].sum() * (roots[part] / roots[part].sum()).float()
+        self.chances = shares.to(device)
+        flat = [torch.from_numpy(level.reshape(-1, 3).copy()) for level in (*levels, *still)]
+        self.pixels_PC = torch.cat(flat).to(device)
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+
+    def draw(self, stage: Stage) -> Tensor:
+        """(B, 3, T, side, side) in [-1, 1]: cut along a path, mirrored, turned, and some of them recoloured."""
+        batch, recipe = stage.batch, self.recipe
+        chosen = torch.multinomial(self.chances, batch, replacement=True, generator=self.generator)
+        times_BT = self._times(chosen, stage.frames)
+        # A photograph always moves, but for some that stand still and are read without any blur.
+        moves = self._coins(batch, recipe.shaken) | ((self.frames[chosen] == 1) & self._coins(batch, 0.8))
+        zoom = torch.where(moves, self._uniform(batch, -0.015, 0.015), 0.0)
+        steps = torch.arange(stage.frames, device=zoom.device)
+        scale_BT = 1 + zoom[:, None] * (steps - stage.frames // 2)
+        rows_BTH = self._path(self.heights[chosen], scale_BT, stage.side, moves)
+        columns_BTW = self._path(self.widths[chosen], scale_BT, stage.side, moves)
+        x_BTHWC = self._sample(chosen, times_BT, rows_BTH, columns_BTW)
+        x_BTHWC = torch.where(self._coins(batch, 0.5)[:, None, None, None, None], x_BTHWC.transpose(2, 3), x_BTHWC)
+        x_BCTHW = x_BTHWC.permute(0, 4, 1, 2, 3)
+        recoloured = self._coins(batch, recipe.jitter)[:, None, None, None, None]
+        return torch.where(recoloured, self._recoloured(x_BCTHW), x_BCTHW).contiguous()
+
+    def _times(self, chosen: Tensor, frames: int) -> Tensor:
+        """A run of frames, forwards or backwards, some at twice the speed; of a photograph the only one."""
+        batch, available = len(chosen), self.frames[chosen]
+        every = torch.where((available >= 2 * frames) & self._coins(batch, 0.2), 2, 1)
+        span = every * (frames - 1)
+        first = (self._uniform(batch, 0, 1) * (available - span).clamp(min=1)).long()
+        steps = torch.arange(frames, device=chosen.device)
+        steps = torch.where(self._coins(batch, 0.5)[:, None], steps, steps.flip(0))
+        return torch.minimum(first[:, None] + every[:, None] * steps, available[:, None] - 1)
+
+    def _path(self, sizes: Tensor, scale_BT: Tensor, side: int, moves: Tensor) -> Tensor:
+        """Positions (B, T, side) along one axis, forwards or backwards; the crop stops at the border."""
+        batch, frames = scale_BT.shape
+        reach_BT = scale_BT * (side - 1) / 2
+        room_BT = (sizes[:, None] - 1 - 2 * reach_BT).clamp(min=0)
+        begin = (self._uniform(batch, 0, 1) * (room_BT[:, 0] + 1)).floor()
+        speed = torch.where(moves, self._uniform(batch, -1, 1).pow(3) * self.recipe.speed, 0.0)
+        steps = torch.arange(frames, device=sizes.device)
+        offset_BT = torch.minimum((begin[:, None] + speed[:, None] * steps).clamp(min=0), room_BT)
+        across = torch.arange(side, device=sizes.device)
+        across = torch.where(self._coins(batch, 0.5)[:, None], across, across.flip(0))
+        return offset_BT[:, :, None] + scale_BT[:, :, None] * across[:, None, :]
+
+    def _sample(self, chosen: Tensor, times_BT: Tensor, rows_BTH: Tensor, columns_BTW: Tensor) -> Tensor:
+        """(B, T, H, W, 3), bilinearly."""
+        heights, widths = self.heights[chosen, None, None], self.widths[chosen, None, None]
+        base_BT11 = (self.starts[chosen, None] + times_BT * heights[:, :, 0] * widths[:, :, 0])[:, :, None, None]
+        top, left = rows_BTH.floor(), columns_BTW.floor()
+        down, right = (rows_BTH - top)[..., None, None], (columns_BTW - left)[:, :, None, :, None]
+        lines = [(torch.minimum(top.long() + i, heights - 1) * widths)[..., None] for i in (0, 1)]
+        places = [torch.minimum(left.long() + i, widths - 1)[:, :, None, :] for i in (0, 1)]
+
+        def mixed(line: Tensor) -> Tensor:
+            pair = [from_uint8(self.pixels_PC[base_BT11 + line + place]) for place in places]
+            return pair[0].lerp(pair[1], right)
+
+        return mixed(lines[0]).lerp(mixed(lines[1]), down)
+
+    def _recoloured(self, x_BCTHW: Tensor) -> Tensor:
+        """Channels in another order, and other saturation, contrast and brightness."""
+        batch = len(x_BCTHW)
+        order = torch.rand(batch, 3, generator=self.generator, device=x_BCTHW.device).argsort(1)
+        x_BCTHW = x_BCTHW.gather(1, order[:, :, None, None, None].expand_as(x_BCTHW))
+        grey = x_BCTHW.mean(1, keepdim=True)
+        saturation, contrast = (
+            self._uniform(batch, low, high)[:, None, None, None, None] for low, high in ((0.5, 1.5), (0.7, 1.3))
+        )
+        brightness = self._uniform(batch, -0.2, 0.2)[:, None, None, None, None]
+        return ((grey + (x_BCTHW - grey) * saturation) * contrast + brightness).clamp(-1, 1)
+
+    def _uniform(self, count: int, low: float, high: float) -> Tensor:
+        unit = torch.rand(count, generator=self.generator, device=self.starts.device)
+        return low + (high - low) * unit
+
+    def _coins(self, count: int, chance: float) -> Tensor:
+        return self._uniform(count, 0, 1) < chance
+
+
+def _shrunk(clip_THWC: Array, scales: Sequence[float], side: int) -> Iterator[Array]:
+    """A clip in each scale in which a crop still fits; a small one enlarged until one does."""
+    height, width = clip_THWC.shape[1:3]
+    least = (side + 4) / min(height, width)
+    for scale in sorted({max(scale, least) for scale in scales}):
+        size = round(width * scale), round(height * scale)
+        yield np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in clip_THWC])
+
+
+# ---------------------------------------------------------------- initialisation
+
+
+def orthogonal(conv: nn.Module, taps: Sequence[tuple[int, ...]]) -> None:
+    """All taps zero but those given, which together are an orthogonal matrix; no bias."""
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    assert conv.bias is not None
+    matrix = nn.init.orthogonal_(torch.empty(conv.out_channels, conv.in_channels * len(taps)))
+    conv.weight.zero_()
+    conv.bias.zero_()
+    for tap, part in zip(taps, matrix.chunk(len(taps), dim=1), strict=True):
+        place: tuple[slice | int, ...] = (slice(None), slice(None), *tap)
+        conv.weight[place] = part
+
+
+# ---------------------------------------------------------------- measure
+
+
+def measure(miniature: Miniature[Any], clips: Path, photographs: Path, output: Path, device: str) -> None:
+    """Complete the demo folder of a run from what its files themselves give back."""
+    log = Log(output / "log.txt")
+    stored = miniature.load(output / "demo").to(device)
+    measured = []
+    for each in demo_clips.measure(lambda x: through(stored, x), clips, output / "held-out.png"):
+        measured.append(each)
+        log(f"{each.name}: {each.psnr:.2f} dB, SSIM {each.ssim:.4f}")
+    table = "\n".join(
+        f"| {m.name} | {m.frames} × {m.width} × {m.height} | {m.psnr:.2f} | {m.ssim:.4f} |" for m in measured
+    )
+    log(f"{HEADER}\n{table}\nlowest {min(m.psnr for m in measured):.2f} dB")
+    shutil.copyfile(clips / "clip.mp4", output / "demo" / "clip.mp4")
+    run = (output / DONE).read_text(encoding="utf-8")
+    text = readme(miniature, stored.config.arch_config, run, table, clips, photographs)
+    (output / "demo" / "README.md").write_text(text, encoding="utf-8")
+    log("done")
+
+
+def through(model: Model, x_BCTHW: Tensor) -> Tensor:
+    """A clip through the mode of the posterior, in float32."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        return model.decode(model.encode(x_BCTHW.to(model.device)).latent_dist.mode()).sample
+
+
+def readme(miniature: Miniature[Any], arch: VAEArchConfig, run: str, table: str, clips: Path, photographs: Path) -> str:
+    """The README of the demo folder."""
+    listed = demo_clips.sources(clips)
+    shipped = next(each for each in listed if each["name"] == SHIPPED)
+    lists: dict[bool, list[str]] = {False: [], True: []}
+    for each in listed:
+        lists[each["held_out"]].append(_row(each))
+    return README.format(
+        class_name=miniature.class_name,
+        described=miniature.describe(arch),
+        script=miniature.script,
+        run=run,
+        date=date.today().isoformat(),
+        torch=torch.__version__,
+        header=HEADER,
+        table=table,
+        shipped=SHIPPED,
+        credit=shipped["credit"],
+        licence=shipped["licence"],
+        trained="\n".join(lists[False]),
+        held_out="\n".join(lists[True]),
+        photographs="\n".join(_row(each) for each in demo_photographs.sources(photographs) if not each["held_out"]),
+    )
+
+
+def _row(entry: dict[str, Any]) -> str:
+    return f"| {entry['name']} | {entry['package']} | {entry['licence']} | {entry['credit']} |"
+
+
+README = """\
+# A miniature {class_name}
+
+`diffusion_pytorch_model.safetensors` and `config.json` are a small but really trained `{class_name}` in diffusers'
+layout: {described}, stored in float16. It is there for demonstrations and tests. Its quality is that of a miniature;
+for work, load a published checkpoint.
+
+## How well it does
+
+Clips that it was not trained on, sent whole through the mode of the posterior in float32, compared in 8-bit levels:
+
+{header}
+{table}
+
+## How it was trained
+
+By `tools/{script}` on {date}, with torch {torch}:
+{run}.
+The recipe stands at the top of that file: AdamW, mean squared error with small weights on the absolute errors of pixels
+and of their differences in the first stage, a small Kullback-Leibler term, and a moving average of the weights.
+
+## clip.mp4
+
+{credit}; {licence}. It is the held-out clip "{shipped}" of the table: a cut of the film, made smaller.
+
+## Clips
+
+These were trained on, and so were movements of a camera over the photographs below. None of them is part of this
+package, but for clip.mp4, which was held out:
+
+| name | from | licence | by |
+|---|---|---|---|
+{trained}
+
+Held out:
+
+| name | from | licence | by |
+|---|---|---|---|
+{held_out}
+
+Photographs:
+
+| name | from | licence | by |
+|---|---|---|---|
+{photographs}
+"""
+HEADER = "| clip | frames × width × height | PSNR, dB | SSIM |\n|---|---|---|---|"
+
+# Batches of crops that the statistics of the latents are taken from.
+_STATISTICS = 16
