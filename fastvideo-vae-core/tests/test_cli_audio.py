@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core import registry
 from fastvideo_vae_core.audio_metrics import si_sdr, stft_distance
-from fastvideo_vae_core.cli import sounds
+from fastvideo_vae_core.cli import sounds, trips
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.family import Component, Evidence, Family, Inferred, Layout
@@ -302,6 +302,28 @@ def test_the_bar_counts_seconds(run: Command, desk: Path, monkeypatch: pytest.Mo
     assert " seconds" in run("decode", "song.safetensors", "-o", "out.wav").err
 
 
+# -------------------------------------------------------------------- sound beside pictures
+
+
+@pytest.mark.parametrize("cuts", [[12], [1, 2, 9], [4, 8]])
+def test_sound_is_moved_to_where_the_pictures_begin(cuts: list[int]) -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+            self.pieces: list[Tensor] = []
+
+        def write(self, y: Tensor) -> None:
+            self.pieces.append(y)
+
+    y = torch.arange(1.0, 25.0).view(1, 2, 12)
+    for lead, expected in ((0, y), (3, torch.cat([torch.zeros(1, 2, 3), y], 2)), (-3, y[..., 3:])):
+        kept = Kept()
+        shifted = trips._Shifted(kept, lead)
+        for piece in y.split(cuts, 2):
+            shifted.write(piece)
+        assert torch.equal(torch.cat(kept.pieces, 2), expected)
+
+
 # -------------------------------------------------------------------- memory
 
 
@@ -315,7 +337,7 @@ from fastvideo_vae_core.cli import codec, running
 from fastvideo_vae_core.cli.__main__ import main
 # The latents of the toy are short, and thousands of pieces are slow.
 running._LATENTS = {1: 8192}
-codec._PIECE = {3: 8192}
+codec._PIECE = {"audio": 8192}
 name, model = sys.argv[2], ["--model", "model.safetensors"]
 with toy.installed(toy.POINT):
     assert main(["encode", name, "-o", "z.safetensors", *model]) == 0

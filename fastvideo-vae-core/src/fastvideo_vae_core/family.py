@@ -71,6 +71,8 @@ class Component:
         infer: function (Evidence) -> Inferred, for files that have no configuration beside them.
         official_config: name of the configuration that the official code puts beside its weights; `arch` reads it too.
         folder: name of its folder in a diffusers pipeline.
+        sound: name of the component that takes the sound of what this one takes the pictures of.
+        waveforms: how sound goes in and comes out, where the samples are not waveforms but spectrograms.
     """
 
     name: str = "vae"
@@ -83,11 +85,30 @@ class Component:
     infer: str
     official_config: str | None = None
     folder: str = "vae"
+    sound: str | None = None
+    waveforms: Waveforms | None = None
 
     @cached_property
     def constants(self) -> Mapping[str, Any]:
         """The published configurations: variant -> VAEArchConfig."""
         return {name: load_object(path) for name, path in self.variants.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waveforms:
+    """What makes an autoencoder of waveforms (B, C, S) of one of spectrograms.
+
+    Attributes:
+        vocoder: name of the component that makes waveforms of spectrograms.
+        encoder: "module:class", called with the model: a ParallelTiledVAE that encodes waveforms, at its
+            `sampling_rate`.
+        decoder: the same, called with the model and the vocoder: decodes to waveforms, at its `sampling_rate`, latents
+            of waveforms at its `encoded_sampling_rate`.
+    """
+
+    vocoder: str
+    encoder: str
+    decoder: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,16 @@ def load_demo(
     return load(described.resource(described.demo), family=described.name, device=device, dtype=dtype)
 
 
+def holds(source: str | Path, family: str, component: str, *, revision: str | None = None) -> bool:
+    """Whether a source holds that network, so that `load` with this component would find it; reads no tensor."""
+    described = registry.resolve(family)
+    try:
+        found = find(source, revision=revision, folder=described.component(component).folder)
+    except CheckpointError:
+        return False
+    return any(each.component.name == component for each in recognise(found.checkpoint, [described]))
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What a source is going to be loaded as."""

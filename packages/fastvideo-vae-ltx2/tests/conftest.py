@@ -143,13 +143,14 @@ def diffusers_twin() -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="session")
 def official() -> Callable[[str], Official]:
-    """The official networks under the names of `NARROW`."""
+    """The official networks under the names of `NARROW`, and "audio 64"."""
     pytest.importorskip("ltx_core", reason="this machine has no ltx-core to compare with")
     from ltx_core.model import audio_vae, video_vae
 
     def build(name: str) -> Official:
-        if name == "audio":
-            config = {"audio_vae": _audio_config()}
+        if name.startswith("audio"):
+            # As narrow as can be, or with the mel bins that the official vocoders take.
+            config = {"audio_vae": _audio_config(8, 16) if name == "audio" else _audio_config(32, 64)}
             halves = audio_vae.AudioEncoderConfigurator, audio_vae.AudioDecoderConfigurator
             return _autoencoder("audio_vae.", config, *halves)
         if name.startswith("vocoder"):
@@ -231,15 +232,15 @@ def _video_config(name: str) -> dict[str, Any]:
     }
 
 
-def _audio_config() -> dict[str, Any]:
+def _audio_config(width: int, bins: int) -> dict[str, Any]:
     network = {
-        "ch": 8,
+        "ch": width,
         "ch_mult": [1, 2, 4],
         "num_res_blocks": 1,
         "attn_resolutions": [],
         "z_channels": 2,
         "mid_block_add_attention": False,
-        "mel_bins": 16,
+        "mel_bins": bins,
     }
     return {"model": {"params": {"sampling_rate": 16000, "ddconfig": network}}}
 

@@ -21,7 +21,7 @@ from fastvideo_vae_core.latents import LatentInfo, LatentReader, LatentWriter
 
 _LATENTS = (".safetensors",)
 # Latents that are read at a time.
-_PIECE = {3: 512, 4: 1 << 20, 5: 8}
+_PIECE = {"audio": 512, "image": 1 << 20, "video": 8}
 
 
 def encode(options: argparse.Namespace) -> int:
@@ -144,7 +144,7 @@ def cropped(pieces: Iterable[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
 
 def _latents(model: Model, file: LatentReader) -> Iterator[Tensor]:
     """The raw latents of a file, some at a time."""
-    step = _PIECE[len(file.shape)]
+    step = _PIECE[model.medium.media]
     for start in range(0, file.shape[2], step):
         z = file.read(start, start + step)
         yield model.vae.denormalize_latents(z) if file.info.space == "normalized" else z
@@ -152,9 +152,15 @@ def _latents(model: Model, file: LatentReader) -> Iterator[Tensor]:
 
 def _facts(model: Model, file: LatentReader) -> Facts:
     """What the latents say of their media, with the options and the model for what they leave open."""
-    facts = Facts.of(file.info)
-    sampling_rate = facts.sampling_rate or getattr(model.vae, "sampling_rate", None)
+    facts, own = Facts.of(file.info), getattr(model.vae, "sampling_rate", None)
+    sampling_rate = own if _rates(model) else facts.sampling_rate or own
     return replace(facts, frame_rate=model.options.frame_rate or facts.frame_rate, sampling_rate=sampling_rate)
+
+
+def _rates(model: Model) -> tuple[int, int] | None:
+    """Of the sound that latents were made of, and of what they are decoded to, where these differ."""
+    encoded = getattr(model.vae, "encoded_sampling_rate", None)
+    return None if encoded is None else (encoded, model.vae.sampling_rate)  # type: ignore[return-value]
 
 
 def _check_maker(model: Model, file: LatentReader, console: Console) -> None:
@@ -171,6 +177,8 @@ def _check_maker(model: Model, file: LatentReader, console: Console) -> None:
 def _shape_to_keep(model: Model, file: LatentReader) -> tuple[int, ...]:
     """The sample shape that the file names, if its latents are of that size: edited ones are not cut without a word."""
     made_from, decoded = file.info.sample_shape, model.vae.decoded_shape(file.shape)
+    if rates := _rates(model):
+        made_from = (*made_from[:2], -(-made_from[2] * rates[1] // rates[0]))
     if model.vae.valid_sample_shape(made_from)[2:] == decoded[2:]:
         return made_from
     if model.options.force:

@@ -15,9 +15,9 @@ from fastvideo_vae_core import registry
 from fastvideo_vae_core.cli.console import Console
 from fastvideo_vae_core.cli.samples import Medium, Reading, medium_of
 from fastvideo_vae_core.errors import CheckpointError, ConfigError, FamilyError
-from fastvideo_vae_core.family import Family, Media
+from fastvideo_vae_core.family import Family, Media, Waveforms, load_object
 from fastvideo_vae_core.latents import Provenance
-from fastvideo_vae_core.loading import inspect, load
+from fastvideo_vae_core.loading import holds, inspect, load
 from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.vae import ParallelTiledVAE
 
@@ -30,6 +30,7 @@ class Model:
         source: where the weights came from.
         is_demo: they are the miniature that ships with the family.
         medium: how its media are read, written and compared.
+        back: the network that decodes, where it is another one than `vae`, which encodes then.
     """
 
     vae: ParallelTiledVAE[Any]
@@ -38,6 +39,12 @@ class Model:
     medium: Medium
     console: Console
     options: argparse.Namespace
+    back: ParallelTiledVAE[Any] | None = None
+
+    @property
+    def decoding(self) -> Model:
+        """The model with the network that decodes."""
+        return self if self.back is None else replace(self, vae=self.back, back=None)
 
     @property
     def name(self) -> str:
@@ -123,7 +130,7 @@ def open_model(
         subfolder=options.subfolder,
         family=family,
         variant=options.variant or (_open_variant(options, source, made_by) if made_by else None),
-        component=options.component,
+        component=options.component or (_open_component(made_by) if made_by else None),
         revision=options.revision,
         device=device,
         dtype=options.dtype,
@@ -132,19 +139,66 @@ def open_model(
         config=options.config,
     )
     vae.config = replace(vae.config, fp16=options.fp16, use_tiling=options.tiling)
-    medium = medium_of(registry.resolve(vae.family).component(vae.component).media)
+    component = registry.resolve(vae.family).component(vae.component)
+    medium = medium_of(component.media)
     # Of a video file, a model of sound takes the sound.
     if medium.media != media and (media, medium.media) != ("video", "audio"):
-        raise CheckpointError(f"{source} is a model of {medium.media} ({vae.family}), the input is {media}")
-    _check_options(options, medium.media)
-    return Model(vae=vae, source=source, is_demo=is_demo, medium=medium, console=console, options=options)
+        others = [each.name for each in registry.resolve(vae.family).components if each.waveforms or each.sound]
+        takes = [name for name in others if registry.resolve(vae.family).component(name).media == media]
+        way_out = f"; pass --component {takes[0]}" if takes else ""
+        raise CheckpointError(f"{source} is a model of {medium.media} ({vae.family}), the input is {media}{way_out}")
+    _check_options(options, medium.media, also_sound=component.sound is not None)
+    model = Model(vae=vae, source=source, is_demo=is_demo, medium=medium, console=console, options=options)
+    return model if component.waveforms is None else _over_waveforms(model, component.waveforms, encoder, decoder)
 
 
-def _check_options(options: argparse.Namespace, media: Media) -> None:
-    """Refuse options that would do nothing for that media."""
+def open_sound(model: Model) -> Model | None:
+    """The model of the sound of clips, if the checkpoint of their pictures holds its networks."""
+    family = registry.resolve(model.vae.family)
+    name = family.component(model.vae.component).sound
+    if name is None:
+        return None
+    component, options = family.component(name), model.options
+    needed = [name] if component.waveforms is None else [name, component.waveforms.vocoder]
+    if not all(holds(model.source, family.name, each, revision=options.revision) for each in needed):
+        return None
+    # What the options say of the network of the pictures alone.
+    own = {"component": name, "variant": None, "subfolder": None, "config": None, "tile": None, "tiling": False}
+    # What is for video alone, and was taken note of.
+    own |= {"crf": None, "no_sound": False, "keep_sound": False, "model": str(model.source), "family": family.name}
+    return open_model(argparse.Namespace(**{**vars(options), **own}), model.console, "audio")
+
+
+def _over_waveforms(model: Model, waveforms: Waveforms, encoder: bool, decoder: bool) -> Model:
+    """A model of spectrograms as one of waveforms, in the directions that are wanted."""
+    if not decoder:
+        return replace(model, vae=load_object(waveforms.encoder)(model.vae))
+    if not holds(model.source, model.vae.family, waveforms.vocoder, revision=model.options.revision):
+        raise CheckpointError(
+            f"{model.source} holds no {waveforms.vocoder}, which makes waveforms of spectrograms; pass a checkpoint of"
+            f" {model.vae.component} and {waveforms.vocoder}"
+        )
+    vocoder = load(
+        model.source,
+        family=model.vae.family,
+        component=waveforms.vocoder,
+        revision=model.options.revision,
+        device=model.vae.device,
+        dtype=model.options.dtype,
+    )
+    vocoder.config = replace(vocoder.config, fp16=model.options.fp16)
+    speaks = load_object(waveforms.decoder)(model.vae, vocoder)
+    if not encoder:
+        return replace(model, vae=speaks)
+    return replace(model, vae=load_object(waveforms.encoder)(model.vae), back=speaks)
+
+
+def _check_options(options: argparse.Namespace, media: Media, also_sound: bool = False) -> None:
+    """Refuse options that would do nothing for that media, or for the sound that comes with it."""
     for option, kinds in _OPTIONS_OF.items():
         value = getattr(options, option, None)
-        if value is not None and value is not False and media not in kinds:
+        useless = media not in kinds and not (also_sound and "audio" in kinds)
+        if value is not None and value is not False and useless:
             name = option.replace("_", "-")
             raise ConfigError(f"--{name} is for {' and '.join(kinds)}, this is {media}; leave it out")
 
@@ -156,6 +210,7 @@ _OPTIONS_OF: dict[str, tuple[Media, ...]] = {
     "frame_rate": ("video",),
     "sound": ("video",),
     "no_sound": ("video",),
+    "keep_sound": ("video",),
     "downmix": ("audio",),
 }
 
@@ -195,6 +250,11 @@ def _demo_family(name: str | None, media: Media, component: str | None) -> Famil
         raise FamilyError(f"{family.distribution} ships no miniature; pass --model")
     family.component(component)
     return family
+
+
+def _open_component(made_by: Provenance) -> str | None:
+    """The component that latents name, where their family has several."""
+    return made_by.component if len(registry.resolve(made_by.family).components) > 1 else None
 
 
 def _open_variant(options: argparse.Namespace, source: str, made_by: Provenance) -> str | None:

@@ -69,7 +69,11 @@ def _add_roundtrip(commands: Any) -> argparse.ArgumentParser:
     _add_model(parser)
     _add_execution(parser)
     _add_sampling(parser)
-    _add_video(parser).add_argument("--no-sound", action="store_true", help="leave out the sound of the input")
+    sound = _add_video(parser).add_mutually_exclusive_group()
+    sound.add_argument("--no-sound", action="store_true", help="leave out the sound of the input")
+    sound.add_argument(
+        "--keep-sound", action="store_true", help="the input's own sound, also where the checkpoint has models of sound"
+    )
     _add_sound(parser)
     return parser
 

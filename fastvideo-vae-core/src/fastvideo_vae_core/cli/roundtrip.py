@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
-from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastvideo_vae_core import registry
 from fastvideo_vae_core.cli.console import Console, rows, sizes
-from fastvideo_vae_core.cli.model import Model, compression, demo_families, open_model, plan_entry
+from fastvideo_vae_core.cli.model import Model, demo_families, open_model
 from fastvideo_vae_core.cli.outputs import check_writable, make_folder, place
 from fastvideo_vae_core.cli.parser import build_parser
-from fastvideo_vae_core.cli.running import Decoding, Encoding, Stopwatch
-from fastvideo_vae_core.cli.samples import Source, Writing, common_media, medium_of
+from fastvideo_vae_core.cli.samples import Facts, Writing, common_media, medium_of
+from fastvideo_vae_core.cli.trips import readable_metrics, sound_of, travel
 from fastvideo_vae_core.errors import FamilyError
 from fastvideo_vae_core.family import Family
 from fastvideo_vae_core.media.files import atomic_output, require
@@ -81,114 +77,52 @@ def _there_and_back(
 
     Returns what there is to say, for machines and for people.
     """
-    medium, options, watch = model.medium, model.options, Stopwatch()
-    with medium.open(path, model.reading) as opened:
-        source, judge, facts = _Remembering(opened), medium.judge(opened.facts), opened.facts
-        encoding = Encoding(model, source, path, watch)
-        decoding = Decoding(model, encoding, encoding.latent_shape, watch)
-        sound = path if medium.media == "video" and not options.no_sound else None
-        total = source.expected and medium.count(source.expected, facts)
-        with (
-            medium.create(output, facts, source.shape, Writing.of(options, sound)) as sink,
-            model.console.bar(total, path.name, medium.unit) as done,
-        ):
-            for decoded in decoding:
-                x, y = source.matching(decoded)
-                if not y.shape[2]:
-                    continue
-                sink.write(y)
-                # What a file can hold; the decoder does not clamp.
-                judge.update(x, y.float().clamp(-1, 1))
-                done(medium.count(source.matched, facts))
-    metrics, latent_shape = judge.metrics(), encoding.latent_shape
-    factor = compression(source.shape, latent_shape)
-    title = f"{path.name} through {model.name}, {factor:.3g} times fewer numbers"
-    judge.compare(comparison, title, _readable(metrics))
-    plans = {"encode": encoding.plan, "decode": decoding.plan}
+    with ExitStack() as stack:
+        way, sound, sound_document = stack.enter_context(sound_of(model, path, output))
+        writing = Writing.of(model.options, sound)
+        trip = travel(model, path, lambda facts, shape: model.medium.create(output, facts, shape, writing))
+    title = f"{path.name} through {model.name}, {trip.compression:.3g} times fewer numbers"
+    trip.judge.compare(comparison, title, readable_metrics(trip.metrics))
     document = {
         "model": model.describe(),
         "input": str(path),
         "output": str(output),
         "comparison": str(comparison),
-        "sample_shape": source.shape,
-        "padded_shape": encoding.padded_shape,
-        "latent_shape": latent_shape,
-        **facts.entries(),
-        "notes": [*source.notes, *sink.notes],
-        "compression": factor,
-        "metrics": metrics,
-        "computed_in": str(decoding.plan.dtype).removeprefix("torch.") if decoding.plan else None,
-        "seconds": {name: watch.seconds[name] for name in plans},
-        "plan": {name: plan_entry(plan) for name, plan in plans.items()} if options.plan else None,
+        **trip.document(model),
     }
-    return document, _told(document, facts.describe(source.shape))
-
-
-class _Remembering:
-    """A source that keeps what it read until its reconstruction comes."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._pieces: deque[Tensor] = deque()
-        self.facts, self.expected, self.notes = source.facts, source.expected, source.notes
-        self.matched = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._source.shape
-
-    def read(self, count: int) -> Tensor:
-        x = self._source.read(count)
-        if x.shape[2]:
-            self._pieces.append(x)
-        return x
-
-    def matching(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The next samples as long as y, and y without what padding added: none was read for that."""
-        length = min(y.shape[2], sum(piece.shape[2] for piece in self._pieces))
-        missing = length
-        taken: list[Tensor] = []
-        while missing:
-            piece = self._pieces.popleft()
-            taken.append(piece[:, :, :missing])
-            if piece.shape[2] > missing:
-                self._pieces.appendleft(piece[:, :, missing:])
-            missing -= taken[-1].shape[2]
-        self.matched += length
-        x = torch.cat(taken, dim=2) if taken else y[:, :, :0]
-        return x, y[(slice(None), slice(None), *(slice(size) for size in x.shape[2:]))]
+    if model.medium.media == "video":
+        document["sound"] = None if way is None else {"way": way, **sound_document}
+    return document, _told(document, trip.facts.describe(trip.sample_shape))
 
 
 def _told(document: dict[str, Any], described: str) -> list[tuple[str, str]]:
-    model, seconds, notes = document["model"], document["seconds"], document["notes"]
-    where = f"{document['computed_in']} on {model['device']}"
-    return [
+    notes, sound = document["notes"], document.get("sound")
+    told = [
         ("input", f"{document['input']}, {described}"),
         *([("notes", "\n".join(notes))] if notes else []),
-        ("latents", f"{sizes(document['latent_shape'][1:])}, {document['compression']:.3g} times fewer numbers"),
-        ("time", f"encode {seconds['encode']:.2f} s, decode {seconds['decode']:.2f} s, {where}"),
-        *_readable(document["metrics"]).items(),
+        *_passage(document, document["model"]["device"]),
+        *readable_metrics(document["metrics"]).items(),
+    ]
+    if sound is None:
+        return told
+    if sound["way"] == "copied":
+        return [*told, ("sound", "the input's own")]
+    described = Facts(sampling_rate=sound["sampling_rate"]).describe(sound["sample_shape"])
+    return [
+        *told,
+        ("sound", "\n".join([f"{described}, back at {sound['decoded_sampling_rate']} Hz", *sound["notes"]])),
+        *_passage(sound, sound["model"]["device"]),
+        *readable_metrics(sound["metrics"]).items(),
     ]
 
 
-def _readable(metrics: Mapping[str, float]) -> dict[str, str]:
-    return {_LABELS[name]: _number(name, value) for name, value in metrics.items()}
-
-
-def _number(name: str, value: float) -> str:
-    if math.isnan(value):
-        return "none for silence"
-    return f"{value:.2f} dB" if name in _DECIBELS else f"{value:.4f}"
-
-
-_LABELS = {
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "si_sdr": "SI-SDR",
-    "stft_distance": "STFT distance",
-}
-_DECIBELS = ("psnr", "si_sdr")
+def _passage(document: Mapping[str, Any], device: str) -> list[tuple[str, str]]:
+    seconds = document["seconds"]
+    where = f"{document['computed_in']} on {device}"
+    return [
+        ("latents", f"{sizes(document['latent_shape'][1:])}, {document['compression']:.3g} times fewer numbers"),
+        ("time", f"encode {seconds['encode']:.2f} s, decode {seconds['decode']:.2f} s, {where}"),
+    ]
 
 
 def _family_with_demo(name: str | None) -> Family:

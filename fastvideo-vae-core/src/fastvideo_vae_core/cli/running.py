@@ -230,7 +230,7 @@ def stretch(model: Model, direction: Direction, shape: Sequence[int]) -> tuple[P
         model.console.remark(_HELD)
         return None, None
     make = vae.plan_encode if direction == "encode" else vae.plan_decode
-    axes, axis = len(shape) - 2, vae.sample_axes[0]
+    axes, axis = len(vae.sample_axes), vae.sample_axes[0]
 
     def of(latents: int) -> tuple[int, ...]:
         return (*shape[:2], axis.output_size(latents) if direction == "encode" else latents, *shape[3:])

@@ -19,6 +19,26 @@ _COPIED = {
 }
 
 
+def sound_start(path: str | os.PathLike[str]) -> tuple[Fraction, int]:
+    """When the first sound track begins, in seconds behind the first picture, and how many tracks there are.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
+    av: Any = require("av", "media")
+    with ffmpeg_errors(path, "read"), av.open(str(readable(path))) as opened:
+        tracks = opened.streams.audio
+        if not tracks:
+            return Fraction(0), 0
+        return Fraction(tracks[0].start_time or 0) * tracks[0].time_base - _origin(opened), len(tracks)
+
+
+def _origin(container: Any) -> Fraction:
+    """When the first picture is shown; 0 where there are none."""
+    video = container.streams.video[0] if container.streams.video else None
+    return Fraction(video.start_time or 0) * video.time_base if video else Fraction(0)
+
+
 class SoundTracks:
     """Carries the sound of one file into a container that is being written, in step with its pictures.
 
@@ -33,8 +53,7 @@ class SoundTracks:
         source = readable(path)
         copied = _COPIED.get(container.format.name, container.supported_codecs)
         with ffmpeg_errors(path, "read"), av.open(str(source)) as opened:
-            video = opened.streams.video[0] if opened.streams.video else None
-            origin = Fraction(video.start_time or 0) * video.time_base if video else Fraction(0)
+            origin = _origin(opened)
             found = [(stream.codec_context.name, stream.codec_context.sample_rate) for stream in opened.streams.audio]
         self._tracks: list[_CopiedTrack | _EncodedTrack] = [
             _CopiedTrack(source, track, origin, container)

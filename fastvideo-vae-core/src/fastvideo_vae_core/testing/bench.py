@@ -255,9 +255,7 @@ def plan_of(model: Any, direction: Direction, x: Tensor, **options: Any) -> Plan
 
 def resident_bytes(model: Any, direction: Direction, x: Tensor) -> int:
     """Bytes of the weights of that half, and of its input."""
-    modules = model.encoder_modules if direction == "encode" else model.decoder_modules
-    weights = [each for name in modules for each in getattr(model, name).parameters()]
-    return sum(each.numel() * each.element_size() for each in [*weights, x])
+    return sum(each.numel() * each.element_size() for each in [*model._half_parameters(direction), x])
 
 
 def _number(value: float, digits: int | None) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from fastvideo_vae_ltx2.mel import log_mel
     from fastvideo_vae_ltx2.model import AutoencoderKLLTX2Video
+    from fastvideo_vae_ltx2.sound import WaveformDecoder, WaveformEncoder
     from fastvideo_vae_ltx2.vocoder import LTX2Vocoder
 
 _HOME = {
@@ -38,6 +39,8 @@ _HOME = {
     "LTX2VideoArchConfig": "config",
     "LTX2Vocoder": "vocoder",
     "LTX2VocoderArchConfig": "config",
+    "WaveformDecoder": "sound",
+    "WaveformEncoder": "sound",
     "log_mel": "mel",
 }
 
@@ -54,6 +57,8 @@ __all__ = [
     "LTX2VideoArchConfig",
     "LTX2Vocoder",
     "LTX2VocoderArchConfig",
+    "WaveformDecoder",
+    "WaveformEncoder",
     "log_mel",
 ]
 

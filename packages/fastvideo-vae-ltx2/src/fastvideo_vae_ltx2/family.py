@@ -1,6 +1,6 @@
 """What this package is, without importing torch: the entry point of the registry."""
 
-from fastvideo_vae_core.family import Component, Family, Layout
+from fastvideo_vae_core.family import Component, Family, Layout, Waveforms
 
 _PACKAGE = "fastvideo_vae_ltx2"
 
@@ -76,6 +76,7 @@ FAMILY = Family(
             },
             layouts=_VIDEO,
             infer=f"{_PACKAGE}.checkpoint:infer_video",
+            sound="audio",
         ),
         Component(
             name="audio",
@@ -87,6 +88,11 @@ FAMILY = Family(
             layouts=_AUDIO,
             infer=f"{_PACKAGE}.checkpoint:infer_audio",
             folder="audio_vae",
+            waveforms=Waveforms(
+                vocoder="vocoder",
+                encoder=f"{_PACKAGE}.sound:WaveformEncoder",
+                decoder=f"{_PACKAGE}.sound:WaveformDecoder",
+            ),
         ),
         Component(
             name="vocoder",

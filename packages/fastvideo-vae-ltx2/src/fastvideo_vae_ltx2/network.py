@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, rows_of
 from fastvideo_vae_core.ops.modules import Modules
+from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.ops.rms_norm import Modulation, PixelNorm
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
 
@@ -306,20 +307,3 @@ class Timeless(nn.Module):
 
     def forward(self, time: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
-
-
-def patchify(x_BCTHW: Tensor, patch: int) -> Tensor:
-    """Squares of pixels to channels, in the order (channel, column, row)."""
-    if patch == 1:
-        return x_BCTHW
-    cells = x_BCTHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
-    return cells.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-
-
-def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
-    """The inverse of `patchify`."""
-    if patch == 1:
-        return x_BCTHW
-    # Spelt out, because a piece may have no frames.
-    cells = x_BCTHW.unflatten(1, (x_BCTHW.shape[1] // patch**2, patch, patch))
-    return cells.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

@@ -1,19 +1,40 @@
-"""The published configurations at real sizes on a GPU, beside diffusers in the same process."""
+"""The published configurations at real sizes on a GPU: accuracy, time and memory beside diffusers in one process.
+
+At the end one markdown table is printed, for the package's README, and written to $PARITY_TABLE if that is set. The
+same code runs on every machine as a rehearsal with tiny networks on the CPU, whose numbers are thrown away.
+"""
 
 from __future__ import annotations
 
 import gc
-import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvideo_vae_core.config import VAEArchConfig, VAEConfig
+from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.testing import bench as benches
+from fastvideo_vae_core.testing.bench import (
+    HOW,
+    Row,
+    Table,
+    check_accuracy,
+    compare,
+    plan_of,
+    resident_bytes,
+    run,
+    warm_up,
+    without_tf32,
+)
 from fastvideo_vae_core.testing.golden import make_input
-from fastvideo_vae_core.testing.parity import assert_close, relative_error
+from fastvideo_vae_core.testing.parity import relative_error
+from fastvideo_vae_core.testing.threads import single_thread
 from fastvideo_vae_ltx2 import (
     LTX2_AUDIO,
     LTX20_VIDEO,
@@ -22,179 +43,347 @@ from fastvideo_vae_ltx2 import (
     LTX23_VOCODER,
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
+    LTX2AudioArchConfig,
+    LTX2VideoArchConfig,
     LTX2Vocoder,
+    LTX2VocoderArchConfig,
 )
 
-pytestmark = pytest.mark.gpu
+MODELS = {
+    LTX2VideoArchConfig: AutoencoderKLLTX2Video,
+    LTX2AudioArchConfig: AutoencoderKLLTX2Audio,
+    LTX2VocoderArchConfig: LTX2Vocoder,
+}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")
+VIDEO = ("LTX-2.0 video", "LTX-2.3 video")
+VOCODERS = ("LTX-2.0 vocoder", "LTX-2.3 vocoder")
+# Grids of latents of 121 x 512 x 768 and of 121 x 1088 x 1920.
+REAL, LARGE = (16, 16, 24), (16, 34, 60)
+# What 121 frames of 512 x 768 may take on an H100 in bfloat16.
+H100_DECODE_MS = 170.0
+# Largest absolute difference between ways to compute the same in float32.
+SAME = 1e-5
 
-DEVICE = "cuda"
-VIDEO = {"2.0": LTX20_VIDEO, "2.3": LTX23_VIDEO}
-VOCODERS = {"2.0": LTX20_VOCODER, "2.3": LTX23_VOCODER}
-# Grids of latents: 25 x 192 x 256; 121 x 512 x 768; 121 x 1088 x 1920.
-SMALL, REAL, LARGE = (4, 6, 8), (16, 16, 24), (16, 34, 60)
-# Five seconds of sound.
-FRAMES = 501
 
-Pair = tuple[Any, Any]
+@dataclass(frozen=True, kw_only=True)
+class Bench(benches.Bench):
+    """Where things run, and how large they are.
+
+    Attributes:
+        twin: from our model to diffusers' own with the same weights.
+        archs: the networks, by name.
+        exact: latents of the video that is compared with float64: 17 frames of 128 x 160.
+        short: frames of the spectrogram that is compared with float64.
+        frames: of the spectrogram that is timed: five seconds.
+    """
+
+    twin: Callable[[Any], Any]
+    runs: int = 3
+    archs: tuple[tuple[str, Any], ...] = (
+        ("LTX-2.0 video", LTX20_VIDEO),
+        ("LTX-2.3 video", LTX23_VIDEO),
+        ("audio", LTX2_AUDIO),
+        ("LTX-2.0 vocoder", LTX20_VOCODER),
+        ("LTX-2.3 vocoder", LTX23_VOCODER),
+    )
+    exact: tuple[int, ...] = (3, 4, 5)
+    short: int = 101
+    frames: int = 501
+
+    def arch(self, name: str) -> Any:
+        return dict(self.archs)[name]
+
+    def small(self, name: str) -> tuple[int, ...]:
+        """Extent of what is compared with float64."""
+        return self.exact if name in VIDEO else (self.short,)
+
+
+# -------------------------------------------------------------------- on the GPU
+
+FOOTNOTE = (
+    f"{HOW} The reference of the distance, which is relative, is diffusers in float64 at 17 frames of 128 x 160, and at"
+    " 101 frames of a spectrogram. Spectrograms are 100 frames a second. 16-bit weights of the LTX-2.3 vocoder are"
+    " computed in float32 here, as officially; its first stage is clamped on both sides."
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_tf32() -> Iterator[None]:
+    with without_tf32():
+        yield
 
 
 @pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """TF32 off, and the memory of one test given back before the next."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+def _memory_back() -> Iterator[None]:
+    """The memory of one test is given back before the next."""
     yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-@pytest.fixture
-def pair(diffusers_twin: Any) -> Callable[[Any, VAEArchConfig, torch.dtype], Pair]:
-    """Our model and diffusers' with the same random weights, which are drawn on the GPU, in a second."""
-
-    def build(kind: Any, arch: VAEArchConfig, dtype: torch.dtype) -> Pair:
-        torch.manual_seed(0)
-        with torch.device(DEVICE):
-            model = kind(VAEConfig(arch_config=arch)).eval().requires_grad_(False)
-        for name, buffer in model.named_buffers():
-            if name.endswith(("filter", "_basis")):
-                buffer.uniform_(0.0, 2.0 / buffer.shape[-1])
-        twin = diffusers_twin(model).to(DEVICE)
-        return model.to(dtype), twin.to(dtype)
-
-    return build
+@pytest.fixture(scope="module")
+def on_gpu(diffusers_twin: Callable[[Any], Any]) -> Bench:
+    return Bench(torch.device("cuda"), twin=diffusers_twin)
 
 
-@pytest.mark.parametrize("variant", VIDEO)
-def test_float32_equals_diffusers(pair: Any, variant: str) -> None:
-    model, twin = pair(AutoencoderKLLTX2Video, VIDEO[variant], torch.float32)
-    x, z = inputs(model, SMALL)
-    reason = (1e-5, "float32 sums in another order")
-    assert_close(model.encode(x).latent_dist.parameters, twin.encode(x).latent_dist.parameters, *reason)
-    assert_close(model.decode(z).sample, twin.decode(z).sample, *reason)
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest, on_gpu: Bench) -> Iterator[Table]:
+    """The table of this run."""
+    with Table(on_gpu, FOOTNOTE).published(request.config) as measured:
+        yield measured
 
 
-@pytest.mark.parametrize("variant", VIDEO)
-def test_every_way_gives_the_same(pair: Any, variant: str) -> None:
-    model, _ = pair(AutoencoderKLLTX2Video, VIDEO[variant], torch.float32)
-    x, z = inputs(model, SMALL)
-    sample, mean = model.decode(z).sample, model.encode(x).latent_dist.mean
-    for options in ({"chunk": 1}, {"chunk": 3}, {"tile": (x.shape[2], 96, 160)}):
-        decoded = model.decode(z, plan=model.plan_decode(z.shape, **options)).sample
-        encoded = model.encode(x, plan=model.plan_encode(x.shape, **options)).latent_dist.mean
-        assert (decoded - sample).abs().max() <= 1e-5, options
-        assert (encoded - mean).abs().max() <= 1e-5, options
-    assert (torch.cat(list(model.decode_stream(z.split(1, 2))), 2) - sample).abs().max() <= 1e-5
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", VIDEO)
+def test_as_exact_as_diffusers(table: Table, on_gpu: Bench, name: str, direction: Direction, dtype: str) -> None:
+    check_accuracy(distances(on_gpu, table, name, direction, dtype))
 
 
-@pytest.mark.parametrize("variant", VIDEO)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_no_further_from_float32_than_diffusers(pair: Any, variant: str, dtype: torch.dtype) -> None:
-    model, twin = pair(AutoencoderKLLTX2Video, VIDEO[variant], torch.float32)
-    x, z = inputs(model, SMALL)
-    exact = twin.decode(z).sample, twin.encode(x).latent_dist.mean
-    model, twin = model.to(dtype), twin.to(dtype)
-    ours = model.decode(z).sample, model.encode(x).latent_dist.mean
-    theirs = twin.decode(z.to(dtype)).sample, twin.encode(x.to(dtype)).latent_dist.mean
-    streamed = torch.cat(list(model.decode_stream(z.split(1, 2))), 2)
-    for reference, our, their in zip((*exact, exact[0]), (*ours, streamed), (*theirs, theirs[0]), strict=True):
-        assert relative_error(our, reference) <= 1.05 * relative_error(their, reference)
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("variant", "grid", "directions"),
-    [("2.0", REAL, ("decode", "encode")), ("2.3", REAL, ("decode", "encode")), ("2.0", LARGE, ("decode",))],
+    ("name", "grid", "direction"),
+    [
+        ("LTX-2.0 video", REAL, "decode"),
+        ("LTX-2.0 video", REAL, "encode"),
+        ("LTX-2.0 video", LARGE, "decode"),
+        ("LTX-2.3 video", REAL, "decode"),
+        ("LTX-2.3 video", REAL, "encode"),
+    ],
     ids=str,
 )
 def test_faster_and_leaner_than_diffusers(
-    pair: Any, variant: str, grid: tuple[int, ...], directions: tuple[str, ...]
+    table: Table, on_gpu: Bench, name: str, grid: tuple[int, ...], direction: Direction
 ) -> None:
-    """bfloat16; the table of the package's README. Outputs are compared before times count."""
-    model, twin = pair(AutoencoderKLLTX2Video, VIDEO[variant], torch.bfloat16)
-    x, z = (each.bfloat16() for each in inputs(model, grid))
-    runs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "decode": (lambda: model.decode(z).sample, lambda: twin.decode(z).sample),
-        "encode": (lambda: model.encode(x).latent_dist.mean, lambda: twin.encode(x).latent_dist.mean),
-    }
-    rows = []
-    for name in directions:
-        ours, theirs = runs[name]
-        # Two bfloat16 computations, each some percent from the exact one.
-        assert_close(ours(), theirs(), 5e-2, "bfloat16")
-        (our_time, our_peak), (their_time, their_peak) = measured(ours, theirs)
-        rows.append((name, our_time, our_peak, their_time, their_peak))
-        print(
-            f"\nLTX-{variant} {name} {tuple(x.shape[2:])}: {our_time:.0f} ms, {our_peak:.2f} GiB;"
-            f" diffusers {their_time:.0f} ms, {their_peak:.2f} GiB"
-        )
-    for name, our_time, our_peak, their_time, their_peak in rows:
-        assert our_time < their_time, name
-        assert our_peak <= their_peak, name
-        if name == "decode" and grid == LARGE:
-            assert our_peak <= their_peak / 2
-        if name == "decode" and grid == REAL and variant == "2.0" and "H100" in torch.cuda.get_device_name():
-            assert our_time < 170
+    """bfloat16, which is what people run."""
+    row = measure(on_gpu, table, name, direction, grid, "bf16")
+    check_accuracy(row)
+    assert row.ms[1] < row.ms[0], row
+    assert row.peak[1] <= row.peak[0] / (2 if grid == LARGE else 1), row
+    timed = name == "LTX-2.0 video" and direction == "decode" and grid == REAL
+    if timed and "H100" in torch.cuda.get_device_name():
+        assert row.ms[1] <= H100_DECODE_MS, row
 
 
-def test_sound_equals_diffusers(pair: Any) -> None:
-    model, twin = pair(AutoencoderKLLTX2Audio, LTX2_AUDIO, torch.float32)
-    mel = make_input("gpu", (1, 2, FRAMES, 64), "mel").to(DEVICE)
-    reason = (1e-5, "float32 sums in another order")
-    assert_close(model.encode(mel).latent_dist.parameters, twin.encode(mel).latent_dist.parameters, *reason)
-    z = make_input("gpu", (1, 8, (FRAMES + 3) // 4, 16), "latent").to(DEVICE)
-    assert_close(model.decode(z).sample, twin.decode(z).sample, *reason)
-    exact = twin.decode(z).sample
-    model, twin = model.bfloat16(), twin.bfloat16()
-    ours, theirs = model.decode(z).sample, twin.decode(z.bfloat16()).sample
-    assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact)
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "direction", "dtype"),
+    [
+        ("audio", "decode", "bf16"),
+        ("audio", "encode", "bf16"),
+        ("audio", "decode", "fp32"),
+        ("audio", "encode", "fp32"),
+        ("LTX-2.0 vocoder", "decode", "fp32"),
+        ("LTX-2.0 vocoder", "decode", "bf16"),
+        ("LTX-2.3 vocoder", "decode", "fp32"),
+        ("LTX-2.3 vocoder", "decode", "bf16"),
+    ],
+)
+def test_sound_is_as_exact_as_diffusers(
+    table: Table, on_gpu: Bench, name: str, direction: Direction, dtype: str
+) -> None:
+    check_accuracy(measure(on_gpu, table, name, direction, (on_gpu.frames,), dtype))
 
 
-@pytest.mark.parametrize("variant", VOCODERS)
-def test_vocoders_equal_diffusers(pair: Any, variant: str) -> None:
-    """The second one clamps its first stage, as the official code does; diffusers is told to. Its 16-bit weights are
-    computed in float32, so it is compared with the same weights in float32."""
-    model, twin = pair(LTX2Vocoder, VOCODERS[variant], torch.float32)
-    mel = make_input("gpu", (1, 2, FRAMES, 64), "mel").to(DEVICE)
-    if variant == "2.3":
-        twin.vocoder.final_act_fn = "clamp"
-    assert_close(model(mel), twin(mel), 2e-5, "float32 sums in another order, through a hundred layers")
-    pieces = torch.cat(list(model.decode_stream(mel.split(100, 2))), 2)
-    assert_close(pieces, model(mel), 1e-5, "the same numbers from pieces")
-    (our_time, our_peak), (their_time, their_peak) = measured(lambda: model(mel), lambda: twin(mel))
-    print(
-        f"\nvocoder {variant}, {FRAMES} frames, float32: {our_time:.0f} ms, {our_peak:.2f} GiB;"
-        f" diffusers {their_time:.0f} ms, {their_peak:.2f} GiB"
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*VIDEO, "audio", *VOCODERS])
+def test_every_way_gives_the_same(on_gpu: Bench, name: str) -> None:
+    check_ways(on_gpu, name, torch.float32, SAME)
+
+
+# -------------------------------------------------------------------- the rehearsal
+
+
+def test_rehearsal_on_the_cpu(diffusers_twin: Callable[[Any], Any], random_model: Callable[[str], Any]) -> None:
+    """Everything above, tiny and on the CPU, so that it works when a GPU is at hand."""
+    narrow = {"LTX-2.0 video": "2.0", "LTX-2.3 video": "2.3", "audio": "audio"}
+    narrow |= {"LTX-2.0 vocoder": "vocoder 2.0", "LTX-2.3 vocoder": "vocoder 2.3"}
+    bench = Bench(
+        torch.device("cpu"),
+        twin=diffusers_twin,
+        runs=1,
+        archs=tuple((name, random_model(which).arch) for name, which in narrow.items()),
+        exact=(3, 2, 2),
+        short=13,
+        frames=13,
     )
-    if variant == "2.3":
-        rounded = {name: each.bfloat16().float() for name, each in twin.state_dict().items()}
-        twin.load_state_dict(rounded, strict=True)
-        twin.vocoder.final_act_fn = "clamp"
-        made = model.bfloat16()(mel)
-        assert made.dtype == torch.bfloat16
-        assert_close(made, twin(mel.bfloat16().float()), 5e-3, "rounded to bfloat16 at the end, and only there")
+    rehearsed = Table(bench, FOOTNOTE)
+    cases: list[tuple[str, Direction]] = [("audio", "encode"), *((name, "decode") for name in VOCODERS)]
+    with single_thread():
+        check_accuracy(distances(bench, rehearsed, "LTX-2.0 video", "decode", "bf16"))
+        check_accuracy(distances(bench, rehearsed, "LTX-2.3 video", "encode", "fp32"))
+        check_accuracy(measure(bench, rehearsed, "LTX-2.3 video", "decode", (2, 2, 2), "fp32"))
+        for name, direction in cases:
+            check_accuracy(measure(bench, rehearsed, name, direction, (bench.frames,), "fp32"))
+        for name in ("LTX-2.0 video", "audio", "LTX-2.0 vocoder"):
+            check_ways(bench, name, torch.float64, 1e-12)
+    text = str(rehearsed)
+    assert "REHEARSAL" in text
+    assert len(rehearsed.rows) == 6
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {11}
 
 
-def inputs(model: AutoencoderKLLTX2Video, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A video and latents, float32."""
-    z = make_input("gpu", (1, model.arch.latent_channels, *grid), "latent")
-    return make_input("gpu", model.decoded_shape(z.shape), "video").to(DEVICE), z.to(DEVICE)
+# -------------------------------------------------------------------- what is measured
 
 
-def measured(*runs: Callable[[], Tensor]) -> list[tuple[float, float]]:
-    """Milliseconds, the median of three interleaved runs, and peak memory in GiB above what rests between calls."""
-    times: list[list[float]] = [[] for _ in runs]
-    peaks = [0.0] * len(runs)
-    for _ in range(3):
-        for index, run in enumerate(runs):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            resting = torch.cuda.memory_allocated()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times[index].append(begin.elapsed_time(end))
-            peaks[index] = (torch.cuda.max_memory_allocated() - resting) / 2**30
-    return [(statistics.median(each), peak) for each, peak in zip(times, peaks, strict=True)]
+def distances(bench: Bench, table: Table, name: str, direction: Direction, dtype: str) -> Row:
+    """Of both sides to diffusers in float64, on something small."""
+    apart = both_apart(bench, name, direction, dtype)
+    row = Row(what=f"{title(bench, name, direction, bench.small(name))} {dtype}", distance=apart)
+    table.add(row)
+    return row
+
+
+def measure(bench: Bench, table: Table, name: str, direction: Direction, grid: tuple[int, ...], dtype: str) -> Row:
+    """Both sides on the same input: first calls, memory and times; and, on a smaller one, the distance to float64."""
+    ours, theirs = sides(bench, name, dtype)
+    x = example(bench, name, direction, grid).to(bench.device, DTYPES[dtype])
+    warm_up(bench.device, DTYPES[dtype])
+    row = compare(
+        bench,
+        f"{title(bench, name, direction, grid)} {dtype}",
+        (partial(call, theirs, direction, x), partial(call, ours, direction, x)),
+        resident=resident_bytes(ours, direction, x),
+        operations=tflop(bench, name, direction, grid),
+        predicted=plan_of(ours, direction, x).peak_bytes,
+    )
+    del ours, theirs, x
+    row = replace(row, distance=both_apart(bench, name, direction, dtype))
+    table.add(row)
+    return row
+
+
+def both_apart(bench: Bench, name: str, direction: Direction, dtype: str) -> tuple[float, float]:
+    """Distances of diffusers and of ours, whose stream must be as exact as its one call."""
+    exact = reference(bench, name, direction)
+    x = example(bench, name, direction, bench.small(name)).to(bench.device, DTYPES[dtype])
+    ours, theirs = sides(bench, name, dtype)
+    apart = [relative_error(call(side, direction, x), exact) for side in (theirs, ours)]
+    streamed = relative_error(stream(ours, direction, x, -(-x.shape[2] // 3)), exact)
+    return apart[0], max(apart[1], streamed)
+
+
+def check_ways(bench: Bench, name: str, dtype: torch.dtype, bound: float) -> None:
+    """Pieces of several lengths, tiles, and a stream; the largest absolute difference."""
+    ours, _ = sides(bench, name, next(key for key, each in DTYPES.items() if each == dtype))
+    for direction in DIRECTIONS[: 1 if name in VOCODERS else 2]:
+        x = example(bench, name, direction, bench.small(name)).to(bench.device, dtype)
+        whole = call(ours, direction, x)
+        limit = bound * max(1, float(whole.abs().max()))
+        for options in ways(bench, name):
+            made = run(ours, direction, x, plan_of(ours, direction, x, **options))
+            assert float((made - whole).abs().max()) <= limit, (direction, options)
+        for chunk in (1, 9):
+            assert float((stream(ours, direction, x, chunk) - whole).abs().max()) <= limit, (direction, chunk)
+
+
+def ways(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """Options of plans."""
+    if name in VIDEO:
+        time, height, width = (8 * bench.exact[0] - 7, *(32 * size for size in bench.exact[1:]))
+        return [{"chunk": 1}, {"chunk": 2}, {"tile": (time, 2 * height // 3, width // 2)}]
+    if name in VOCODERS:
+        return [{"tile": (7 * bench.arch(name).hop,)}]
+    return [{"tile": (12, bench.arch(name).mel_bins)}]
+
+
+# -------------------------------------------------------------------- its parts
+
+
+@torch.no_grad()
+def call(model: Any, direction: Direction, x: Tensor) -> Tensor:
+    """`run`, of vocoders too, which diffusers calls like any module."""
+    if hasattr(model, "decode"):
+        return run(model, direction, x)
+    waveform: Tensor = model(x)
+    return waveform
+
+
+@torch.no_grad()
+def stream(model: Any, direction: Direction, x: Tensor, chunk: int) -> Tensor:
+    """Our model over chunks of that many frames, joined."""
+    chunks = x.split(chunk, 2)
+    if direction == "decode":
+        return torch.cat(list(model.decode_stream(chunks)), 2)
+    return torch.cat([posterior.parameters for posterior in model.encode_stream(chunks)], 2)
+
+
+def sides(bench: Bench, name: str, dtype: str) -> tuple[Any, Any]:
+    """Our model and diffusers', with the same weights."""
+    arch = bench.arch(name)
+    with torch.device("meta"):
+        ours = MODELS[type(arch)](VAEConfig(arch_config=arch))
+    # Copies, because each side puts its weights into an order in memory of its own.
+    ours.load_state_dict({key: each.clone() for key, each in weights(bench, name).items()}, strict=True, assign=True)
+    theirs = bench.twin(ours)
+    if getattr(arch, "extension", None) is not None:
+        # As the official code does, and ours.
+        theirs.vocoder.final_act_fn = "clamp"
+    return (side.to(bench.device, DTYPES[dtype]).eval().requires_grad_(False) for side in (ours, theirs))
+
+
+@lru_cache(maxsize=1)
+def weights(bench: Bench, name: str) -> dict[str, Tensor]:
+    """Random weights, drawn on the device, because there are a billion of them."""
+    arch: VAEArchConfig = bench.arch(name)
+    torch.manual_seed(0)
+    with bench.device:
+        model = MODELS[type(arch)](VAEConfig(arch_config=arch)).requires_grad_(False)
+    for key, buffer in model.named_buffers():
+        if key.endswith(("filter", "_basis")):
+            buffer.uniform_(0.0, 2.0 / buffer.shape[-1])
+    return {key: each.detach() for key, each in model.state_dict().items()}
+
+
+@cache
+def reference(bench: Bench, name: str, direction: Direction) -> Tensor:
+    """diffusers in float64, kept on the CPU."""
+    _, theirs = sides(bench, name, "fp64")
+    x = example(bench, name, direction, bench.small(name)).to(bench.device, torch.float64)
+    return call(theirs, direction, x).cpu()
+
+
+@cache
+def tflop(bench: Bench, name: str, direction: Direction, grid: tuple[int, ...]) -> float:
+    """Operations of one call as diffusers does it, a multiply-add counted as two; found on shapes alone."""
+    _, theirs = sides(bench, name, "fp32")
+    with FlopCounterMode(display=False) as counter:
+        call(theirs.to("meta"), direction, example(bench, name, direction, grid, device="meta"))
+    return float(counter.get_total_flops()) / 1e12
+
+
+def example(bench: Bench, name: str, direction: Direction, grid: tuple[int, ...], device: str = "cpu") -> Tensor:
+    """What goes in: of video by its grid of latents, of sound by its frames."""
+    shape, kind = shape_of(bench, name, direction, grid)
+    return torch.empty(shape, device=device) if device == "meta" else make_input("gpu", shape, kind)
+
+
+def shape_of(bench: Bench, name: str, direction: Direction, grid: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    arch = bench.arch(name)
+    if name in VOCODERS:
+        return (1, arch.out_channels, *grid, arch.in_channels // arch.out_channels), "mel"
+    if name == "audio":
+        if direction == "encode":
+            return (1, arch.in_channels, *grid, arch.mel_bins), "mel"
+        return (
+            1,
+            arch.latent_channels,
+            (grid[0] + arch.ratio - 1) // arch.ratio,
+            arch.mel_bins // arch.ratio,
+        ), "latent"
+    if direction == "encode":
+        return (1, 3, *pixels(grid)), "video"
+    return (1, arch.latent_channels, *grid), "latent"
+
+
+def pixels(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (8 * grid[0] - 7, *(32 * size for size in grid[1:]))
+
+
+def title(bench: Bench, name: str, direction: Direction, grid: tuple[int, ...]) -> str:
+    if name in VIDEO:
+        return f"{name} {direction} {'x'.join(map(str, pixels(grid)))}"
+    return f"{name}{'' if name in VOCODERS else f' {direction}'} {grid[0]} frames"

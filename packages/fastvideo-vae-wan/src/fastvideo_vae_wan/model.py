@@ -19,12 +19,13 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.causal import Cache, formulation
+from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import WHOLE, Axis, Step, run_steps
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_wan import streaming
 from fastvideo_vae_wan.config import WanArchConfig
-from fastvideo_vae_wan.network import Decoder, Encoder, Pointwise, patchify, unpatchify
+from fastvideo_vae_wan.network import Decoder, Encoder, Pointwise
 
 
 class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):

@@ -329,22 +329,6 @@ class Pointwise(nn.Conv3d):
         return F.linear(rows_of(x), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
-def patchify(x_BCTHW: Tensor, patch: int) -> Tensor:
-    """Squares of pixels to channels, in the order (channel, column, row)."""
-    if patch == 1:
-        return x_BCTHW
-    cells = x_BCTHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
-    return cells.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-
-
-def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
-    """The inverse of `patchify`."""
-    if patch == 1:
-        return x_BCTHW
-    cells = x_BCTHW.unflatten(1, (-1, patch, patch))
-    return cells.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
-
-
 def _resnets(before: int, after: int, blocks: int) -> Iterator[ResidualBlock]:
     return (ResidualBlock(after if each else before, after) for each in range(blocks))
 
