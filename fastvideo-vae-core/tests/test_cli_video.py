@@ -294,7 +294,8 @@ def test_normalized_latents_are_normalized(run: Command, desk: Path) -> None:
     raw, normalized = read_latents("raw.safetensors"), read_latents("normalized.safetensors")
     assert torch.equal(normalized.latents, raw.latents / 2)
     for name in ("raw", "normalized"):
-        assert run("decode", f"{name}.safetensors", "-o", f"{name}.mp4").code == 0
+        # Without loss, because x264 does not always make the same of the same frames.
+        assert run("decode", f"{name}.safetensors", "-o", f"{name}.mp4", "--crf", "0").code == 0
     assert torch.equal(read("raw.mp4"), read("normalized.mp4"))
 
 

@@ -280,6 +280,7 @@ def test_what_is_missing_is_named(run: Command, desk: Path) -> None:
     assert encoded.code == 0, encoded.err
 
 
+@pytest.mark.slow
 def test_a_memory_budget(run: Command, desk: Path) -> None:
     write_audio("song.wav", noise(2), 48_000)
     arguments = ("roundtrip", "song.wav", "-o", "back.wav", "--model", "vocoder 2.0", "--component", "audio")
