@@ -412,8 +412,8 @@ def readme(miniature: Miniature[Any], arch: VAEArchConfig, run: str, table: str,
         class_name=miniature.class_name,
         described=textwrap.fill(
             f"`{WEIGHTS}` and `config.json` are a small but really trained `{miniature.class_name}` in diffusers'"
-            f" layout: {miniature.describe(arch)}, stored in float16. It is there for demonstrations and tests. Its quality is"
-            " that of a miniature; for work, load a published checkpoint.",
+            f" layout: {miniature.describe(arch)}, stored in float16. It is there for demonstrations and tests. Its"
+            " quality is that of a miniature; for work, load a published checkpoint.",
             120,
         ),
         script=miniature.script,
