@@ -125,8 +125,8 @@ SMALL = Recipe(
     kl=1e-6,
     learning_rate=2e-3,
 )
-# More of the same for weights that are trained already; the squared error alone counts.
-POLISH = Recipe(stages=(Stage(until=0.7, side=160, batch=16), Stage(until=1.0, side=320, batch=4)), learning_rate=1e-3)
+# More of the same for weights that are trained already; the squared error alone counts, and one size is compiled.
+POLISH = Recipe(stages=(Stage(until=1.0, side=256, batch=8),), learning_rate=1e-3)
 RECIPES = {"large": Recipe(), "polish": POLISH, "small": SMALL}
 
 
