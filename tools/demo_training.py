@@ -17,9 +17,11 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -173,7 +175,8 @@ class Run(Generic[M]):
         save_file(state, fresh / STATE)
         where = torch.cuda.get_device_name() if self.way.device.startswith("cuda") else "CPU"
         minutes = (time.monotonic() - self.log.started) / 60
-        done = f"{self.before}{self.tell(steps)} in {minutes:.1f} minutes, on one {where}"
+        by = f"on one {where} with torch {torch.__version__}, {date.today().isoformat()}"
+        done = f"{self.before}{self.tell(steps)} in {minutes:.1f} minutes, {by}"
         (fresh / DONE).write_text(done, encoding="utf-8")
         for path in fresh.iterdir():
             os.replace(path, output / path.name)
@@ -289,6 +292,11 @@ def compiled_or_plain(
     finally:
         model.zero_grad()
     return compiled
+
+
+def history(output: Path) -> str:
+    """What was done so far, over all runs, in lines for a README."""
+    return textwrap.fill((output / DONE).read_text(encoding="utf-8"), 120, break_long_words=False) + "."
 
 
 def parameter_count(model: nn.Module, largest: int = LARGEST_WEIGHTS_BYTES) -> int:

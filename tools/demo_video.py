@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +26,6 @@ import demo_clips
 import demo_photographs
 from demo_clips import SHIPPED
 from demo_training import (
-    DONE,
     WEIGHTS,
     Log,
     Objective,
@@ -37,6 +36,7 @@ from demo_training import (
     Way,
     add_steps,
     compiled_or_plain,
+    history,
     psnr_and_speed,
     write_checkpoint,
 )
@@ -391,8 +391,7 @@ def measure(miniature: Miniature[Any], clips: Path, photographs: Path, output: P
     )
     log(f"{HEADER}\n{table}\nlowest {min(m.psnr for m in measured):.2f} dB")
     shutil.copyfile(clips / "clip.mp4", output / "demo" / "clip.mp4")
-    run = (output / DONE).read_text(encoding="utf-8")
-    text = readme(miniature, stored.config.arch_config, run, table, clips, photographs)
+    text = readme(miniature, stored.config.arch_config, history(output), table, clips, photographs)
     (output / "demo" / "README.md").write_text(text, encoding="utf-8")
     log("done")
 
@@ -412,11 +411,14 @@ def readme(miniature: Miniature[Any], arch: VAEArchConfig, run: str, table: str,
         lists[each["held_out"]].append(_row(each))
     return README.format(
         class_name=miniature.class_name,
-        described=miniature.describe(arch),
+        described=textwrap.fill(
+            f"`{WEIGHTS}` and `config.json` are a small but really trained `{miniature.class_name}` in diffusers'"
+            f" layout: {miniature.describe(arch)}, stored in float16. It is there for demonstrations and tests. Its"
+            " quality is that of a miniature; for work, load a published checkpoint.",
+            120,
+        ),
         script=miniature.script,
         run=run,
-        date=date.today().isoformat(),
-        torch=torch.__version__,
         header=HEADER,
         table=table,
         shipped=SHIPPED,
@@ -435,9 +437,7 @@ def _row(entry: dict[str, Any]) -> str:
 README = """\
 # A miniature {class_name}
 
-`diffusion_pytorch_model.safetensors` and `config.json` are a small but really trained `{class_name}` in diffusers'
-layout: {described}, stored in float16. It is there for demonstrations and tests. Its quality is that of a miniature;
-for work, load a published checkpoint.
+{described}
 
 ## How well it does
 
@@ -448,14 +448,15 @@ Clips that it was not trained on, sent whole through the mode of the posterior i
 
 ## How it was trained
 
-By `tools/{script}` on {date}, with torch {torch}:
-{run}.
+By `tools/{script}`:
+{run}
 The recipe stands at the top of that file: AdamW, mean squared error with small weights on the absolute errors of pixels
 and of their differences in the first stage, a small Kullback-Leibler term, and a moving average of the weights.
 
 ## clip.mp4
 
-{credit}; {licence}. It is the held-out clip "{shipped}" of the table: a cut of the film, made smaller.
+{credit}; {licence}.
+It is the held-out clip "{shipped}" of the table: a cut of the film, made smaller.
 
 ## Clips
 

@@ -18,7 +18,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from torch import Tensor
 import demo_photographs
 from demo_photographs import SHIPPED, prepare, sources, training
 from demo_training import (
-    DONE,
     WEIGHTS,
     Log,
     Objective,
@@ -42,6 +40,7 @@ from demo_training import (
     Way,
     add_steps,
     compiled_or_plain,
+    history,
     psnr_and_speed,
     write_checkpoint,
 )
@@ -126,8 +125,8 @@ SMALL = Recipe(
     kl=1e-6,
     learning_rate=2e-3,
 )
-# More of the same for weights that are trained already; the squared error alone counts.
-POLISH = Recipe(stages=(Stage(until=0.7, side=160, batch=16), Stage(until=1.0, side=320, batch=4)), learning_rate=1e-3)
+# More of the same for weights that are trained already; the squared error alone counts, and one size is compiled.
+POLISH = Recipe(stages=(Stage(until=1.0, side=256, batch=8),), learning_rate=1e-3)
 RECIPES = {"large": Recipe(), "polish": POLISH, "small": SMALL}
 
 
@@ -319,8 +318,8 @@ def measure(photographs: Path, output: Path) -> None:
     table = "\n".join(f"| {m.name} | {m.width} × {m.height} | {m.psnr:.2f} | {m.ssim:.4f} |" for m in measured)
     log(f"{HEADER}\n{table}\n{stored.arch}\nlowest {min(m.psnr for m in measured):.2f} dB")
     shutil.copyfile(photographs / "held-out" / f"{SHIPPED}.jpg", folder / "photograph.jpg")
-    run = (output / DONE).read_text(encoding="utf-8")
-    (folder / "README.md").write_text(readme(stored.arch, run, table, sources(photographs)), encoding="utf-8")
+    text = readme(stored.arch, history(output), table, sources(photographs))
+    (folder / "README.md").write_text(text, encoding="utf-8")
     log("done")
 
 
@@ -333,8 +332,6 @@ def readme(arch: AutoencoderKLArchConfig, run: str, table: str, photographs: Seq
         lists[each["held_out"]].append(row)
     return README.format(
         run=run,
-        date=date.today().isoformat(),
-        torch=torch.__version__,
         widths="-".join(map(str, arch.block_out_channels)),
         latents=arch.latent_channels,
         side=arch.spatial_compression_ratio,
@@ -366,8 +363,8 @@ Photographs that it was not trained on, sent whole through the mode of the poste
 
 ## How it was trained
 
-By `tools/train_demo_autoencoder_kl.py` on {date}, with torch {torch}:
-{run}.
+By `tools/train_demo_autoencoder_kl.py`:
+{run}
 The recipe stands at the top of that file: AdamW, mean squared error with small weights on the absolute errors of pixels
 and of their differences in the first stage, a small Kullback-Leibler term, and a moving average of the weights.
 

@@ -119,7 +119,7 @@ def describe(arch: HunyuanVideoArchConfig) -> str:
     time, side = arch.temporal_compression_ratio, arch.spatial_compression_ratio
     return (
         f"the network of HunyuanVideo and Hunyuan-GameCraft at widths {'-'.join(map(str, arch.block_out_channels))},"
-        f" {arch.latent_channels} latent\nchannels, one latent for {time} frames of {side} × {side} pixels"
+        f" {arch.latent_channels} latent channels, one latent for {time} frames of {side} × {side} pixels"
     )
 
 

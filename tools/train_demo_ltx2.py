@@ -24,7 +24,6 @@ import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from torch import Tensor
 
 import demo_video
 from demo_training import (
-    DONE,
     WEIGHTS,
     Log,
     Objective,
@@ -46,6 +44,7 @@ from demo_training import (
     Way,
     add_steps,
     compiled_or_plain,
+    history,
     write_checkpoint,
 )
 from demo_video import SMALL_STAGES, Miniature, Recipe, orthogonal
@@ -172,7 +171,7 @@ def describe(arch: LTX2VideoArchConfig) -> str:
     time, side = arch.ratios
     return (
         f"the network of LTX-2 at widths {'-'.join(map(str, arch.block_out_channels))}, {arch.latent_channels} latent"
-        f" channels,\none latent for {time} frames of {side} × {side} pixels"
+        f" channels, one latent for {time} frames of {side} × {side} pixels"
     )
 
 
@@ -345,8 +344,7 @@ def measure_audio(mels: Path, output: Path, device: str) -> None:
             write_wave(output / f"{name}-{kind}.wav", griffin_lim(each[0], arch).cpu(), arch.sample_rate)
     table = "\n".join(lines)
     log(f"{HEADER}\n{table}")
-    run = (output / DONE).read_text(encoding="utf-8")
-    (folder / "README.md").write_text(readme(arch, run, table, mels), encoding="utf-8")
+    (folder / "README.md").write_text(readme(arch, history(output), table, mels), encoding="utf-8")
     log("done")
 
 
@@ -377,8 +375,6 @@ def readme(arch: LTX2AudioArchConfig, run: str, table: str, mels: Path) -> str:
         ratio=arch.ratio,
         rate=arch.sample_rate,
         run=run,
-        date=date.today().isoformat(),
-        torch=torch.__version__,
         header=HEADER,
         table=table,
         trained="\n".join(rows[False]),
@@ -404,8 +400,8 @@ posterior in float32. The error is the mean distance of levels; the spread is th
 
 ## How it was trained
 
-By `tools/train_demo_ltx2.py` on {date}, with torch {torch}:
-{run}.
+By `tools/train_demo_ltx2.py`:
+{run}
 The recipe stands at the top of that file: AdamW, the absolute error of logarithmic levels with a small weight on the
 squared one, a small Kullback-Leibler term, and a moving average of the weights.
 

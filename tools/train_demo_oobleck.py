@@ -18,7 +18,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from demo_training import (
-    DONE,
     WEIGHTS,
     Log,
     Optimisation,
@@ -37,6 +35,7 @@ from demo_training import (
     Trainer,
     Way,
     add_steps,
+    history,
     write_checkpoint,
 )
 from demo_waves import read_wave, write_wave
@@ -269,8 +268,7 @@ def measure(recordings: Path, output: Path, device: str) -> None:
     log(f"{HEADER}\n{table}")
     shipped = next(recordings.glob("recording.*"))
     shutil.copyfile(shipped, folder / shipped.name)
-    run = (output / DONE).read_text(encoding="utf-8")
-    (folder / "README.md").write_text(readme(model.arch, run, table, recordings), encoding="utf-8")
+    (folder / "README.md").write_text(readme(model.arch, history(output), table, recordings), encoding="utf-8")
     log("done")
 
 
@@ -319,8 +317,6 @@ def readme(arch: OobleckArchConfig, run: str, table: str, recordings: Path) -> s
     shipped = next(each for each in listed if each["name"] == SHIPPED)
     return README.format(
         run=run,
-        date=date.today().isoformat(),
-        torch=torch.__version__,
         strides="-".join(map(str, arch.downsampling_ratios)),
         latents=arch.decoder_input_channels,
         hop=arch.hop_length,
@@ -352,8 +348,8 @@ Recordings, or parts of recordings, that it was not trained on, sent whole throu
 
 ## How it was trained
 
-By `tools/train_demo_oobleck.py` on {date}, with torch {torch}:
-{run}.
+By `tools/train_demo_oobleck.py`:
+{run}
 The recipe stands at the top of that file: AdamW, the absolute error of the waveform, magnitudes of short-time Fourier
 transforms at several resolutions, a small Kullback-Leibler term, and a moving average of the weights.
 

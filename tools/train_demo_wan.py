@@ -231,7 +231,7 @@ def describe(arch: WanArchConfig) -> str:
     side = arch.scale_factor_spatial
     return (
         f"the network of Wan 2.1 at widths {'-'.join(map(str, arch.encoder_widths))}, {arch.z_dim} latent channels,"
-        f"\none latent for {arch.scale_factor_temporal} frames of {side} × {side} pixels"
+        f" one latent for {arch.scale_factor_temporal} frames of {side} × {side} pixels"
     )
 
 
