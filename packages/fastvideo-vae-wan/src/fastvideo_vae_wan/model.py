@@ -20,7 +20,7 @@ from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.causal import Cache
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.tiling import WHOLE, Axis, Step, run_steps
+from fastvideo_vae_core.tiling import WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_wan import streaming
 from fastvideo_vae_wan.config import WanArchConfig
@@ -187,12 +187,12 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         chunk = plan.chunk or 1
         if plan.direction == "encode":
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if plan.tile is None:
+            if not plan.in_steps:
                 return self._encode(x, chunk, plan.device)
-            return run_steps(self.encode_steps(chunk, plan.device), x, plan.tile)
-        if plan.tile is None:
+            return self._run_steps(plan, self.encode_steps(chunk, plan.device), x)
+        if not plan.in_steps:
             return self._decode(x, chunk, plan.device)
-        return run_steps(self.decode_steps(chunk, plan.device), x, plan.tile)
+        return self._run_steps(plan, self.decode_steps(chunk, plan.device), x)
 
     def _finish(self, direction: Direction, y: Tensor) -> Tensor:
         return y.clamp_(-1.0, 1.0) if direction == "decode" else y
@@ -267,7 +267,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         short = replace(plan, input_shape=inputs, output_shape=outputs)
         numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, short)]
         more = numbers[0] - numbers[1]
-        if plan.tile is not None:
+        if plan.in_steps:
             # The grid between the middle and the levels is as long as the video, and so is the result of a tile.
             more *= 2
             width = (self.arch.encoder_widths if plan.direction == "encode" else self.arch.decoder_widths[::-1])[-1]
