@@ -2,8 +2,8 @@
 
 Before a step each rank fetches the elements that its slab of the output depends on beyond its own: the rows of its
 neighbours, further ones where slabs are thin, or everything where the step needs the whole axis. Statistics are merged
-over the ranks in one order, so that all normalise alike. That is the only thing ranks tell each other, and one function,
-`Ranks.fetch`, is how. Only borders of the whole grid are padded, so the slabs together are what one device would make.
+over the ranks in one order, so that all normalise alike. All of it goes through one function, `Ranks.fetch`. Only
+borders of the whole grid are padded, so the slabs together are what one device would make.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastvideo_vae_core.errors import ConfigError, ShardError
 from fastvideo_vae_core.ops.norm import Moments
-from fastvideo_vae_core.tiling import Axis, Part, Step, next_norm, readers, run_step
+from fastvideo_vae_core.tiling import Part, Step, next_norm, readers, run_step
 
 # Elements [start, stop) of an axis.
 Span = tuple[int, int]
@@ -171,7 +171,9 @@ class Ranks:
         digest = torch.tensor(zlib.crc32(repr(plan).encode()), device=device)
         others = [rank for rank, each in enumerate(self.gather(digest).tolist()) if each != int(digest)]
         if others:
-            raise ConfigError(f"rank {self.rank} and ranks {others} made other plans; give all the same call and options")
+            raise ConfigError(
+                f"rank {self.rank} and ranks {others} made other plans; give all the same call and options"
+            )
 
     def agree_on_any(self, flag: bool, device: torch.device) -> bool:
         """Whether it is true on any rank."""
@@ -182,7 +184,10 @@ class Ranks:
         spans = self.sharding.spans(size)
         target = self.sharding.destination
         wanted = [(0, size) if rank == target else span for rank, span in enumerate(spans)]
-        return self.fetch([(Slab(own, self.axis, spans), wanted)])[0]
+        (made,) = self.fetch([(Slab(own, self.axis, spans), wanted)])
+        # No rank is done before all are, so that none goes on as if a call had worked that failed elsewhere.
+        self.gather(torch.zeros((), device=own.device))
+        return made
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -190,7 +195,8 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            _shortly(lambda: self._store().set(_KEY.format(self.rank), f"{type(error).__name__}: {error}"))
+            told = f"{type(error).__name__}: {error}"
+            _shortly(lambda: self._store().set(_KEY.format(self.rank), told))
             raise
 
     def _own(self, slab: Slab, span: Span) -> Tensor:
@@ -237,8 +243,8 @@ class Ranks:
         causes = [f"rank {rank} failed with {said}" for rank, said in (first or told).items()]
         why = "; ".join(causes) or "it is lost, stopped or slow, or made another call"
         return (
-            f"rank {self.rank} of {self.world} gave up after {waited:.1f} s of at most {self.sharding.timeout:g} s for an"
-            f" exchange with rank {' and '.join(map(str, peers))}: {why}; start the ranks again with a new group"
+            f"rank {self.rank} of {self.world} gave up after {waited:.1f} s of at most {self.sharding.timeout:g} s for"
+            f" an exchange with rank {' and '.join(map(str, peers))}: {why}; start the ranks again with a new group"
         )
 
     def _store(self) -> Any:
@@ -253,6 +259,7 @@ def run_sharded(steps: Sequence[Step], x: Tensor, tile: Sequence[int] | None, sh
     if torch.is_grad_enabled() and x.requires_grad:
         raise ConfigError("nothing is differentiable on several devices; use torch.no_grad(), or one device")
     ranks = Ranks(sharding)
+    along = ranks.axis - 2
     # On shapes alone the memory of a rank in the middle is predicted, which has neighbours at both sides.
     rank = ranks.rank = ranks.world // 2 if x.is_meta else ranks.rank
     size = x.shape[ranks.axis]
@@ -261,9 +268,10 @@ def run_sharded(steps: Sequence[Step], x: Tensor, tile: Sequence[int] | None, sh
         for index, step in enumerate(steps):
             later = steps[index + 1 :]
             read = [grids[name] for name in step.reads]
-            axis, size = step.axes[sharding.axis or 0], read[0].spans[-1][1]
+            axis, size = step.axes[along], read[0].spans[-1][1]
             made = axis.output_size(size)
-            spans = ((0, made),) * ranks.world if axis.whole else sharding.spans(made)
+            alike = axis.whole and step.excerpt is None
+            spans = ((0, made),) * ranks.world if alike else sharding.spans(made)
             wanted = [axis.needs(*_at_least_one(span, made), size) for span in spans]
             requests: list[tuple[Slab, Sequence[Span]]] = [(slab, wanted) for slab in read]
             if step.norm is not None:
@@ -275,9 +283,8 @@ def run_sharded(steps: Sequence[Step], x: Tensor, tile: Sequence[int] | None, sh
             reads = ranks.fetch(requests)
             known = None if step.norm is None else _merged(reads.pop(), requests[0][0], step.norm.num_groups)
             del read, requests
-            part = _part(step, reads[0], sharding.axis or 0, wanted[rank], size, _at_least_one(spans[rank], made))
-            reach = tile or [max(size, each.output_size(size)) for each, size in zip(step.axes, part.sizes, strict=True)]
-            data, gathered = run_step(step, reads, known, reach, next_norm(step, later), part)
+            part = _part(step, reads[0], along, wanted[rank], size, _at_least_one(spans[rank], made))
+            data, gathered = _run_part(step, reads, known, tile, next_norm(step, later), part, axis.whole)
             if spans[rank][0] == spans[rank][1]:
                 data, gathered = data.narrow(ranks.axis, 0, 0), None
             del reads
@@ -286,6 +293,21 @@ def run_sharded(steps: Sequence[Step], x: Tensor, tile: Sequence[int] | None, sh
     # After a step over the whole axis every rank has everything.
     start, stop = sharding.spans(last.spans[-1][1])[rank]
     return last.data.narrow(ranks.axis, start - last.spans[rank][0], stop - start)
+
+
+def _run_part(
+    step: Step,
+    reads: Sequence[Tensor],
+    moments: Moments | None,
+    tile: Sequence[int] | None,
+    following: nn.GroupNorm | None,
+    part: Part,
+    whole: bool,
+) -> tuple[Tensor, Moments | None]:
+    if whole and step.excerpt is not None:
+        return step.excerpt(reads, [slice(*span) for span in part.region]), None
+    largest = [max(size, axis.output_size(size)) for axis, size in zip(step.axes, part.sizes, strict=True)]
+    return run_step(step, reads, moments, tile or largest, following, part)
 
 
 def _part(step: Step, read: Tensor, axis: int, has: Span, size: int, span: Span) -> Part:

@@ -94,6 +94,8 @@ class Step:
         run: from the grids and, where `norm` is set, the moments of the first of them, to the new grid. Given None for
             the moments it takes them over what it sees.
         norm: the normalisation at the head of the step, whose statistics span the whole of the first grid.
+        excerpt: where axes are whole: from whole grids to a region of the new one, along the axes behind (B, C), for
+            less than the work of all of it. Attention has it: there are keys everywhere, and queries where asked.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Step:
     reads: tuple[str, ...] = ("x",)
     writes: str = "x"
     norm: nn.GroupNorm | None = None
+    excerpt: Callable[[Sequence[Tensor], Sequence[slice]], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore
 
 Result = TypeVar("Result")
 
@@ -18,7 +19,7 @@ def on_ranks(world: int, call: Callable[[Any], Result], timeout: float = 60.0) -
 
     Threads share a model, which calls do not change, and take milliseconds to start. Each has a group of its own.
     """
-    store = dist.HashStore()
+    store = HashStore()
 
     def run(rank: int) -> Result:
         with torch.no_grad():
@@ -36,7 +37,7 @@ def gloo_group(store: Any, rank: int, world: int, timeout: float) -> Any:
     """A process group of its own, which needs no default group and so may exist many times in a process."""
     group = dist.ProcessGroup(store, rank, world)
     device = torch.device("cpu")
-    backend = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world, timedelta(seconds=timeout))
+    backend = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, world, timedelta(seconds=timeout))
     group._register_backend(device, dist.ProcessGroup.BackendType.GLOO, backend)
     # Where `torch.distributed` looks up which ranks of the world a group has.
     dist.distributed_c10d._world.pg_group_ranks[group] = {each: each for each in range(world)}
