@@ -388,7 +388,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         """Pieces are alike once the first are through, so a short video tells the peak; the ends come on top."""
         latents = _HELD_BACK + 3 * (plan.chunk or 1)
         z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
-        if z_shape[2] <= latents:
+        if z_shape[2] <= latents or plan.sharding is not None:
             return super()._predict(plan)
         short_z = (*z_shape[:2], latents, *z_shape[3:])
         shapes = (self.decoded_shape(short_z), short_z)
@@ -396,7 +396,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         short = replace(plan, input_shape=inputs, output_shape=outputs)
         numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, short)]
         more = numbers[0] - numbers[1]
-        if plan.in_steps:
+        if plan.tile is not None:
             # The grids between the levels are as long as the video, and so is the result of a tile.
             grids = sorted(self._grids(plan.direction, (1, 1, 1, *z_shape[3:])))
             more = 2 * more + plan.items * sum(grids[-2:]) * (z_shape[2] - latents)

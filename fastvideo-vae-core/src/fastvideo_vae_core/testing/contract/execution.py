@@ -122,7 +122,7 @@ class ExecutionContract(Hooks):
         whole = self.run(vae, direction, x)
 
         def call(group: object) -> tuple[Plan, Tensor]:
-            sharding = Sharding(group=group, axis=axis, destination=destination)
+            sharding = Sharding(group=group, axis=axis, destination=destination, timeout=20)
             plan = self.plan(vae, direction, tuple(x.shape), mesh=sharding, **options)
             return plan, self.run(vae, direction, x, plan)
 
