@@ -25,5 +25,9 @@ class MemoryBudgetError(VAEError, MemoryError):
     """No plan fits the memory budget."""
 
 
+class ShardError(VAEError, RuntimeError):
+    """A rank that computes a call together with others failed, was lost, or did not answer in time."""
+
+
 class MediaError(VAEError):
     """A media or latent file cannot be read or written."""

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from fastvideo_vae_core.memory import format_bytes
+from fastvideo_vae_core.sharding import Sharding
 
 Direction = Literal["encode", "decode"]
 Mode = Literal["whole", "tiled", "blended"]
@@ -32,6 +33,7 @@ class Plan:
         dtype: of the arithmetic.
         device: where it runs.
         retry: compute again in float32 when the result is not finite.
+        sharding: which ranks compute it together, and how; None: this device alone.
         notes: why, where it is not plain.
     """
 
@@ -46,13 +48,20 @@ class Plan:
     retry: bool
     chunk: int | None = None
     blend: Hashable | None = None
+    sharding: Sharding | None = None
     notes: tuple[str, ...] = ()
     _predict: Callable[[Plan], int] = field(repr=False, compare=False)
 
     @cached_property
     def peak_bytes(self) -> int:
-        """Predicted peak of the device's memory: weights of the half, input, result and everything between."""
+        """Predicted peak of the device's memory: weights of the half, input, result and everything between. Of several
+        devices it is one in the middle, which also gets the whole result if any does."""
         return self._predict(self)
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the network is run step by step, on parts of grids, and not at once."""
+        return self.tile is not None or self.sharding is not None
 
     def __str__(self) -> str:
         rows = [
@@ -60,6 +69,7 @@ class Plan:
             ("mode", ", ".join(self._mode())),
             ("batch", f"{self.items} of {self.input_shape[0]} at a time"),
             ("compute", f"{str(self.dtype).removeprefix('torch.')} on {self.device}"),
+            *(() if self.sharding is None else (("devices", str(self.sharding)),)),
             ("peak", f"{format_bytes(self.peak_bytes)} predicted"),
             *(("note", note) for note in self.notes),
         ]

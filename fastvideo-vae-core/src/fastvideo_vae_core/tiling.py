@@ -94,6 +94,8 @@ class Step:
         run: from the grids and, where `norm` is set, the moments of the first of them, to the new grid. Given None for
             the moments it takes them over what it sees.
         norm: the normalisation at the head of the step, whose statistics span the whole of the first grid.
+        excerpt: where axes are whole: from whole grids to a region of the new one, along the axes behind (B, C), for
+            less than the work of all of it. Attention has it: there are keys everywhere, and queries where asked.
     """
 
     name: str
@@ -102,6 +104,28 @@ class Step:
     reads: tuple[str, ...] = ("x",)
     writes: str = "x"
     norm: nn.GroupNorm | None = None
+    excerpt: Callable[[Sequence[Tensor], Sequence[slice]], Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a step, for those who have only a part of its input.
+
+    Attributes:
+        sizes: of the whole input along each axis behind (B, C).
+        begin: where the part of the input that is there begins, along each axis.
+        region: the elements of the output to make.
+    """
+
+    sizes: tuple[int, ...]
+    begin: tuple[int, ...]
+    region: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def whole(cls, step: Step, sizes: Sequence[int]) -> Part:
+        """All of the output, from all of the input."""
+        made = (axis.output_size(size) for axis, size in zip(step.axes, sizes, strict=True))
+        return cls(sizes=tuple(sizes), begin=(0,) * len(sizes), region=tuple((0, size) for size in made))
 
 
 def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
@@ -115,16 +139,60 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
     for index, step in enumerate(steps):
         reads = [grids[name] for name in step.reads]
         later = steps[index + 1 :]
-        heads = (each.norm for each in _readers(step.writes, later) if each.reads[0] == step.writes)
-        following = next((norm for norm in heads if norm is not None), None)
         known = None if step.norm is None else _moments(reads[0], step.norm, moments.get(step.reads[0]))
-        made, gathered = _run_step(step, reads, known, tile, following)
+        whole = Part.whole(step, reads[0].shape[2:])
+        made, gathered = run_step(step, reads, known, tile, next_norm(step, later), whole)
         del reads
         grids[step.writes], moments[step.writes] = made, gathered
         for name in list(grids):
-            if name != step.writes and not _readers(name, later):
+            if name != step.writes and not readers(name, later):
                 del grids[name]
     return grids[steps[-1].writes]
+
+
+def readers(name: str, later: Sequence[Step]) -> list[Step]:
+    """The steps that read a grid before its name is written again."""
+    found = []
+    for step in later:
+        if name in step.reads:
+            found.append(step)
+        if step.writes == name:
+            break
+    return found
+
+
+def next_norm(step: Step, later: Sequence[Step]) -> nn.GroupNorm | None:
+    """The norm that is going to ask for the statistics of what a step writes."""
+    heads = (each.norm for each in readers(step.writes, later) if each.reads[0] == step.writes)
+    return next((norm for norm in heads if norm is not None), None)
+
+
+def run_step(
+    step: Step,
+    reads: Sequence[Tensor],
+    moments: Moments | None,
+    tile: Sequence[int],
+    following: nn.GroupNorm | None,
+    part: Part,
+) -> tuple[Tensor, Moments | None]:
+    """A part of what a step makes, tile by tile, and its statistics for the norm that follows."""
+    wanted = tuple(stop - start for start, stop in part.region)
+    made: Tensor | None = None
+    gathered: Moments | None = None
+    regions = _regions(step.axes, part, tile)
+    for region in _representatives(step.axes, regions, part.sizes) if reads[0].is_meta else regions:
+        piece = _run_region(step, reads, moments, region, part)
+        if following is not None:
+            own = Moments.of(piece, following.num_groups)
+            gathered = own if gathered is None else gathered.merge(own)
+        if piece.shape[2:] == wanted:
+            return piece, gathered
+        if made is None:
+            made = torch.empty((*piece.shape[:2], *wanted), dtype=piece.dtype, device=piece.device)
+        into = (slice(span[0] - own[0], span[1] - own[0]) for span, own in zip(region, part.region, strict=True))
+        made[(slice(None), slice(None), *into)] = piece
+    assert made is not None
+    return made, gathered
 
 
 def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor], tile: int) -> Iterator[Tensor]:
@@ -167,46 +235,13 @@ def _moments(grid: Tensor, norm: nn.GroupNorm, gathered: Moments | None) -> Mome
     return Moments.of(grid, norm.num_groups)
 
 
-def _readers(name: str, later: Sequence[Step]) -> list[Step]:
-    """The steps that read a grid before its name is written again."""
-    readers = []
-    for step in later:
-        if name in step.reads:
-            readers.append(step)
-        if step.writes == name:
-            break
-    return readers
-
-
-def _run_step(
-    step: Step, reads: list[Tensor], moments: Moments | None, tile: Sequence[int], following: nn.GroupNorm | None
-) -> tuple[Tensor, Moments | None]:
-    sizes = reads[0].shape[2:]
-    out_sizes = [axis.output_size(size) for axis, size in zip(step.axes, sizes, strict=True)]
-    made: Tensor | None = None
-    gathered: Moments | None = None
-    regions = _regions(step.axes, out_sizes, tile)
-    for region in _representatives(step.axes, regions, sizes) if reads[0].is_meta else regions:
-        piece = _run_region(step, reads, moments, region)
-        if following is not None:
-            own = Moments.of(piece, following.num_groups)
-            gathered = own if gathered is None else gathered.merge(own)
-        if piece.shape[2:] == tuple(out_sizes):
-            return piece, gathered
-        if made is None:
-            made = torch.empty((*piece.shape[:2], *out_sizes), dtype=piece.dtype, device=piece.device)
-        made[(slice(None), slice(None), *(slice(start, stop) for start, stop in region))] = piece
-    assert made is not None
-    return made, gathered
-
-
-def _regions(
-    axes: Sequence[Axis], out_sizes: Sequence[int], tile: Sequence[int]
-) -> Iterator[tuple[tuple[int, int], ...]]:
-    cuts = [
-        [(0, size)] if axis.whole else axis.cuts(size, length)
-        for axis, size, length in zip(axes, out_sizes, tile, strict=True)
-    ]
+def _regions(axes: Sequence[Axis], part: Part, tile: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    cuts = []
+    for axis, size, length, (start, stop) in zip(axes, part.sizes, tile, part.region, strict=True):
+        made = axis.output_size(size)
+        pieces = [(0, made)] if axis.whole else axis.cuts(made, length)
+        inside = ((max(first, start), min(last, stop)) for first, last in pieces)
+        cuts.append([span for span in inside if span[0] < span[1]])
     return itertools.product(*cuts)
 
 
@@ -224,12 +259,12 @@ def _representatives(
 
 
 def _run_region(
-    step: Step, reads: list[Tensor], moments: Moments | None, region: tuple[tuple[int, int], ...]
+    step: Step, reads: Sequence[Tensor], moments: Moments | None, region: tuple[tuple[int, int], ...], part: Part
 ) -> Tensor:
     crop, keep = [slice(None), slice(None)], [slice(None), slice(None)]
-    for axis, (start, stop), size in zip(step.axes, region, reads[0].shape[2:], strict=True):
+    for axis, (start, stop), size, origin in zip(step.axes, region, part.sizes, part.begin, strict=True):
         first, last = axis.needs(start, stop, size)
-        crop.append(slice(first, last))
-        begin = start - axis.position(first)
-        keep.append(slice(begin, begin + stop - start))
+        crop.append(slice(first - origin, last - origin))
+        skip = start - axis.position(first)
+        keep.append(slice(skip, skip + stop - start))
     return step.run([grid[tuple(crop)] for grid in reads], moments)[tuple(keep)]

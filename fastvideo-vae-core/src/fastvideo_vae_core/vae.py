@@ -5,15 +5,18 @@ Shape legend: B batch, C channels; upper case T, H, W, S the sample grid, lower 
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, Generic, Literal, Self, TypeVar, overload
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastvideo_vae_core.checkpoint import fingerprint
 from fastvideo_vae_core.config import VAEConfig
@@ -23,6 +26,7 @@ from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Ranks, Sharding, run_sharded
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
 
 Posterior = TypeVar("Posterior")
@@ -183,6 +187,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         tile: Sequence[int] | None = None,
         items: int | None = None,
         chunk: int | None = None,
+        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
     ) -> Plan:
         """Say how `encode` would compute samples of that shape.
 
@@ -190,13 +195,15 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         tile: extent of a tile along each axis behind (B, C), instead of the configured one.
         items: items of the batch at a time.
         chunk: latent frames of a piece, for video that streams.
+        mesh: the ranks that compute it together: every one makes this plan and then the call, with the same input. The
+            first gets the result, the others their slab of it; a `Sharding` says otherwise, and how long to wait.
 
         Raises:
             ShapeError: the architecture cannot take the shape.
-            ConfigError: a chunk for a network that does not stream.
+            ConfigError: a chunk for a network that does not stream, or a mesh of several axes.
             MemoryBudgetError: nothing fits; the message says the least that would do.
         """
-        return self._plan("encode", tuple(shape), memory_budget, tile, items, chunk)
+        return self._planned("encode", shape, memory_budget, mesh, tile=tile, items=items, chunk=chunk)
 
     def plan_decode(
         self,
@@ -206,9 +213,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         tile: Sequence[int] | None = None,
         items: int | None = None,
         chunk: int | None = None,
+        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
     ) -> Plan:
         """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
-        return self._plan("decode", tuple(shape), memory_budget, tile, items, chunk)
+        return self._planned("decode", shape, memory_budget, mesh, tile=tile, items=items, chunk=chunk)
 
     # ---------------------------------------------------------------- sizes
 
@@ -319,16 +327,30 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         elif (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
             wanted = f"{plan.direction} of {plan.input_shape}"
             raise ConfigError(f"the plan is for {wanted}, not for {direction} of {tuple(x.shape)}; make a new one")
+        if plan.sharding is None:
+            return self._run_plan(plan, x, None)
+        ranks = Ranks(plan.sharding)
+        with ranks.watched():
+            ranks.agree(_shared_facts(plan), x.device)
+            made = self._run_plan(plan, x, ranks)
+            return ranks.assemble(made, plan.output_shape[ranks.axis])
+
+    def _run_plan(self, plan: Plan, x: Tensor, ranks: Ranks | None) -> Tensor:
+        """What this device makes of the input: the result, or its slab of it."""
+        direction = plan.direction
         dtype = self._half_dtype(direction)
         x = x.to(dtype)
         result = self._compute(plan, x)
-        if plan.retry and not bool(result.isfinite().all()):
+        overflow = plan.retry and not bool(result.isfinite().all())
+        if plan.retry and ranks is not None:
+            overflow = ranks.agree_on_any(overflow, x.device)
+        if overflow:
             if not bool(x.isfinite().all()):
                 raise ShapeError(f"the input of {direction} holds NaN or infinity; nothing can be computed from it")
             warnings.warn(
                 f"{direction} of {plan.input_shape} overflowed in float16 and was computed again in float32;"
                 " bfloat16 does not overflow, VAEConfig(fp16='upcast') skips the first attempt, 'off' this check",
-                stacklevel=3,
+                stacklevel=4,
             )
             result = self._compute(replace(plan, dtype=torch.float32, retry=False), x)
         return self._finish(direction, result)
@@ -355,9 +377,16 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     def _execute(self, plan: Plan, x: Tensor) -> Tensor:
         """Compute some items of a batch in the plan's type, as the plan says."""
-        if plan.tile is not None:
-            return run_steps(self._steps(plan.direction), x, plan.tile)
+        if plan.in_steps:
+            return self._run_steps(plan, self._steps(plan.direction), x)
         return self._encode(x) if plan.direction == "encode" else self._decode(x)
+
+    def _run_steps(self, plan: Plan, steps: Sequence[Step], x: Tensor) -> Tensor:
+        """The network in steps, tile by tile, on this device or together with others."""
+        if plan.sharding is not None:
+            return run_sharded(steps, x, plan.tile, plan.sharding)
+        assert plan.tile is not None
+        return run_steps(steps, x, plan.tile)
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Finished pieces along the axis that streams: for images the batch, one item at a time."""
@@ -367,6 +396,24 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     def _steps(self, direction: Direction) -> Sequence[Step]:
         return self.encode_steps() if direction == "encode" else self.decode_steps()
+
+    def _planned(
+        self,
+        direction: Direction,
+        shape: Sequence[int],
+        memory_budget: int | str | None = None,
+        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        **options: Any,
+    ) -> Plan:
+        """A plan for this device or several, with the options of `_plan`."""
+        if mesh is None:
+            return self._plan(direction, tuple(shape), memory_budget, **options)
+        plan = self._plan(direction, tuple(shape), **options)
+        if plan.blend is not None:
+            raise ConfigError("blended tiles are computed on one device; leave out the mesh, or the blend")
+        latents = plan.output_shape if direction == "encode" else plan.input_shape
+        plan = replace(plan, sharding=Sharding.over(mesh).along(self._steps(direction), latents[2:]))
+        return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
     def _plan(
         self,
@@ -461,6 +508,8 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         weights = sum(each.numel() * each.element_size() for each in self._half_parameters(plan.direction))
         if plan.dtype != self._half_dtype(plan.direction):
             weights += sum(each.numel() * each.element_size() for each in shadow.parameters())
+        if plan.sharding is not None and plan.sharding.destination is not None:
+            weights += math.prod(plan.output_shape) * self._half_dtype(plan.direction).itemsize
         return weights + predicted_peak(lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype)
 
     def _shadow(self, direction: Direction) -> Self:
@@ -509,6 +558,13 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 def _tile(extent: Sequence[int], shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...]:
     """A tile of that extent along the last axes; those in front of them, such as time, are not cut."""
     return (*map(max, shape[2 : -len(extent)], output[2 : -len(extent)]), *extent)
+
+
+def _shared_facts(plan: Plan) -> tuple[object, ...]:
+    """What must be the same on every rank for their exchanges to fit together."""
+    assert plan.sharding is not None
+    call = (plan.direction, plan.input_shape, plan.items, plan.dtype, plan.retry)
+    return (*call, plan.sharding.world, plan.sharding.axis, plan.sharding.destination)
 
 
 def _halves(chunk: int | None) -> list[int]:

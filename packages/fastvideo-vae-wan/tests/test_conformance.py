@@ -9,8 +9,10 @@ import torch
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.testing.conformance import ConformanceSuite
-from fastvideo_vae_core.testing.contract.hooks import VAE, distance
+from fastvideo_vae_core.testing.contract.execution import largest_grid
+from fastvideo_vae_core.testing.contract.hooks import VAE, both_directions, distance
 from fastvideo_vae_core.testing.golden import fill
 from fastvideo_vae_wan import WAN21, WAN22, AutoencoderKLWan, WanArchConfig
 
@@ -28,6 +30,16 @@ def filled(arch: WanArchConfig) -> AutoencoderKLWan:
 
 class WanSuite(ConformanceSuite):
     stream_axis = 2
+
+    @both_directions
+    def test_tiles_and_slabs_of_pictures_larger_than_their_halos(self, vae64: VAE, direction: Direction) -> None:
+        x = self.example(vae64, direction, batch=1, grid=(2, 24, 1))
+        whole = self.run(vae64, direction, x)
+        frames, _, width = largest_grid(vae64, x, direction)
+        for rows in (16, 40):
+            plan = self.plan(vae64, direction, tuple(x.shape), tile=(frames, rows, width))
+            assert distance(self.run(vae64, direction, x, plan), whole) <= self.fp64_bound
+        self.check_sharded(vae64, direction, x, 3, self.fp64_bound)
 
     def test_forward_is_decode_of_the_mode(self, vae64: VAE) -> None:
         """Without the clamp of `decode`, which would keep gradients from what leaves [-1, 1]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,19 @@ class GridAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._attend(x, F.scaled_dot_product_attention)
+        return self._attend(x, x, F.scaled_dot_product_attention)
 
-    def _attend(self, x: Tensor, mix: Mix) -> Tensor:
-        tokens = group_norm(x, self.group_norm).flatten(2).transpose(1, 2)
-        q, k, v = (layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))
+    def excerpt(self, x: Tensor, region: Sequence[slice]) -> Tensor:
+        """A region of the result, along the axes behind (B, C), for its share of the work."""
+        return self._attend(x, x[(slice(None), slice(None), *region)], F.scaled_dot_product_attention, region)
+
+    def _attend(self, x: Tensor, asking: Tensor, mix: Mix, region: Sequence[slice] = ()) -> Tensor:
+        normed = group_norm(x, self.group_norm)
+        tokens = normed.flatten(2).transpose(1, 2)
+        asked = normed[(slice(None), slice(None), *region)].flatten(2).transpose(1, 2) if region else tokens
+        q, k, v = self.to_q(asked).unsqueeze(1), self.to_k(tokens).unsqueeze(1), self.to_v(tokens).unsqueeze(1)
         mixed = mix(q, k, v).squeeze(1)
-        return self.to_out[0](mixed).transpose(1, 2).reshape(x.shape) + x
+        return self.to_out[0](mixed).transpose(1, 2).reshape(asking.shape) + asking
 
 
 class FrameCausalAttention(GridAttention):
@@ -43,21 +49,28 @@ class FrameCausalAttention(GridAttention):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         frame = x_BCTHW.shape[3] * x_BCTHW.shape[4]
-        return self._attend(x_BCTHW, lambda q, k, v: prefix_attention(q, k, v, frame))
+        return self._attend(x_BCTHW, x_BCTHW, lambda q, k, v: prefix_attention(q, k, v, frame))
+
+    def excerpt(self, x_BCTHW: Tensor, region: Sequence[slice]) -> Tensor:
+        frame = x_BCTHW.shape[3] * x_BCTHW.shape[4]
+        asking = x_BCTHW[(slice(None), slice(None), *region)]
+        first, asked = region[0].indices(x_BCTHW.shape[2])[0], asking.shape[3] * asking.shape[4]
+        return self._attend(x_BCTHW, asking, lambda q, k, v: prefix_attention(q, k, v, frame, asked, first), region)
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, block: int, asked: int | None = None, first: int = 0) -> Tensor:
     """Attention (B, heads, N, C) in which a position sees its own block of positions and the blocks before it.
+
+    asked: queries for each block, if not all of it asks; they begin with the block number `first`.
 
     A mask would have N^2 entries. Each block attends to its prefix instead, which is half the work and no memory.
     """
-    starts = range(0, q.shape[-2], block)
+    queries = q.split(block if asked is None else asked, dim=-2)
+    ends = range((first + 1) * block, k.shape[-2] + 1, block)
     return torch.cat(
         [
-            F.scaled_dot_product_attention(
-                q[..., start : start + block, :], k[..., : start + block, :], v[..., : start + block, :]
-            )
-            for start in starts
+            F.scaled_dot_product_attention(part, k[..., :end, :], v[..., :end, :])
+            for part, end in zip(queries, ends, strict=False)
         ],
         dim=-2,
     )

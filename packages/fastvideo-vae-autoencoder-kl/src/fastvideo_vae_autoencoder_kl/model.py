@@ -329,4 +329,9 @@ def _norm_conv_step(name: str, norm: nn.GroupNorm, act: Act, conv: nn.Conv2d) ->
 
 
 def _attention_step(name: str, attention: GridAttention) -> Step:
-    return Step(name=name, run=lambda grids, _: attention(grids[0]), axes=(WHOLE,) * 2)
+    return Step(
+        name=name,
+        run=lambda grids, _: attention(grids[0]),
+        axes=(WHOLE,) * 2,
+        excerpt=lambda grids, region: attention.excerpt(grids[0], region),
+    )

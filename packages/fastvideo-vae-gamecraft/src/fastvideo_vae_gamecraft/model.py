@@ -19,7 +19,7 @@ from fastvideo_vae_core.errors import ConfigError
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.clip import Clip, Run, formulation
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.tiling import Axis, Step, run_steps
+from fastvideo_vae_core.tiling import Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_gamecraft import blending
 from fastvideo_vae_gamecraft.blending import Blend
@@ -114,11 +114,11 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         Raises:
             ConfigError: a blend, which brings its own tiles, beside a tile or a budget; or tiles of odd sizes.
         """
-        return self._plan("encode", tuple(shape), blend=blend, **options)
+        return self._planned("encode", shape, blend=blend, **options)
 
     def plan_decode(self, shape: Sequence[int], *, blend: Blend | None = None, **options: Any) -> Plan:
         """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
-        return self._plan("decode", tuple(shape), blend=blend, **options)
+        return self._planned("decode", shape, blend=blend, **options)
 
     def encode_steps(self, run: Run | None = None) -> list[Step]:
         run = Run(self.device) if run is None else run
@@ -164,9 +164,9 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         if plan.chunk is not None and plan.chunk < latents:
             numbers = self._numbers(plan.direction, plan.input_shape, plan.chunk)
         run = Run(plan.device, numbers)
-        if plan.tile is not None:
+        if plan.in_steps:
             steps = self.encode_steps(run) if plan.direction == "encode" else self.decode_steps(run)
-            return run_steps(steps, x, plan.tile)
+            return self._run_steps(plan, steps, x)
 
         def network(part: Tensor) -> Tensor:
             return self._encode(part, run) if plan.direction == "encode" else self._decode(part, run)

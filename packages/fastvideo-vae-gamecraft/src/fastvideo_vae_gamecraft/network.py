@@ -131,7 +131,12 @@ class MidBlock(nn.Module):
         yield from self.resnets[0].steps(f"{name}.resnets.0", run)
         attention = self.attentions[0]
         if isinstance(attention, GridAttention):
-            yield Step(name=f"{name}.attentions.0", run=lambda grids, _: attention(grids[0]), axes=(WHOLE,) * 3)
+            yield Step(
+                name=f"{name}.attentions.0",
+                run=lambda grids, _: attention(grids[0]),
+                axes=(WHOLE,) * 3,
+                excerpt=lambda grids, region: attention.excerpt(grids[0], region),
+            )
         yield from self.resnets[1].steps(f"{name}.resnets.1", run)
 
 

@@ -22,7 +22,7 @@ from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.outputs import DecoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.tiling import Axis, Step, run_steps
+from fastvideo_vae_core.tiling import Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
@@ -277,13 +277,13 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         chunk = plan.chunk or 1
         if plan.direction == "encode":
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if plan.tile is None:
+            if not plan.in_steps:
                 return self._encode(x, chunk, plan.device)
-            return run_steps(self.encode_steps(chunk, plan.device), x, plan.tile)
-        if plan.tile is None:
+            return self._run_steps(plan, self.encode_steps(chunk, plan.device), x)
+        if not plan.in_steps:
             return self._decode(x, chunk, plan.device)
         z, timestep = self._timestep(x)
-        return run_steps(self.decode_steps(chunk, plan.device, timestep), z, plan.tile)
+        return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z)
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces as soon as they are final, from chunks of any lengths; only the cache is held between them.
@@ -391,7 +391,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         """Pieces are alike once the first are through, so a short video tells the peak; the ends come on top."""
         latents = _HELD_BACK + 3 * (plan.chunk or 1)
         z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
-        if z_shape[2] <= latents:
+        if z_shape[2] <= latents or plan.sharding is not None:
             return super()._predict(plan)
         short_z = (*z_shape[:2], latents, *z_shape[3:])
         shapes = (self.decoded_shape(short_z), short_z)

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.tiling import WHOLE, Axis, Step, run_steps
+from fastvideo_vae_core.tiling import WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_wan import streaming
 from fastvideo_vae_wan.config import WanArchConfig
 from fastvideo_vae_wan.network import Decoder, Encoder, Pointwise
+from fastvideo_vae_wan.streaming import Network
 
 
 class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
@@ -123,7 +125,8 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def encode_steps(self, chunk: int = 1, device: torch.device | None = None) -> list[Step]:
         """The levels, tile by tile, each through the whole time; then the middle, which attends to whole frames."""
         encoder, patch, (time, space, _) = self.encoder, self.arch.patch, self.sample_axes
-        halo = encoder.halo * patch
+        # In whole latents, because the averages of Wan 2.2 cannot take half a cell.
+        halo = -(-encoder.halo * patch // space.up) * space.up
 
         def down(grids: Sequence[Tensor], _: object) -> Tensor:
             x = grids[0]
@@ -184,16 +187,51 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             Step(name="up", run=up, axes=(Axis(up=time.up, lead=time.lead, whole=True), tiled, tiled)),
         ]
 
+    def _slab_steps(self, direction: Direction, chunk: int, device: torch.device) -> list[Step]:
+        """The same as the steps for tiles, but in many: slabs are thin, and their halos have to be thinner. The whole
+        time of a rank's slab is in memory between two of them."""
+        if direction == "encode":
+            _, middle = self.encode_steps(chunk, device)
+            return [*self._local_steps(direction, chunk * self.sample_axes[0].up, device), middle]
+        middle, _ = self.decode_steps(chunk, device)
+        return [middle, *self._local_steps(direction, chunk, device)]
+
+    def _local_steps(self, direction: Direction, piece: int, device: torch.device) -> Iterator[Step]:
+        """piece: frames at a time that the first step takes."""
+        patch, parts = self.arch.patch, list((self.encoder if direction == "encode" else self.decoder).parts())
+        for index, (network, time, space) in enumerate(parts):
+            if direction == "encode" and index == 0:
+                network, space = _behind(network, patch), replace(space, down=patch, before=patch, after=patch)
+            if direction == "decode" and index == len(parts) - 1:
+                network, space = _before(network, patch), replace(space, up=patch)
+
+            def run(
+                grids: Sequence[Tensor], _: object, network: Network = network, time: Axis = time, piece: int = piece
+            ) -> Tensor:
+                return streaming.run(
+                    network,
+                    grids[0],
+                    piece=piece,
+                    frames=time.output_size(grids[0].shape[2]),
+                    device=device,
+                    memory_format=torch.channels_last_3d,
+                )
+
+            yield Step(name=f"{direction}.{index}", run=run, axes=(time, space, space))
+            piece = piece * time.up // time.down
+
     def _execute(self, plan: Plan, x: Tensor) -> Tensor:
         chunk = plan.chunk or 1
         if plan.direction == "encode":
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if plan.tile is None:
+            if not plan.in_steps:
                 return self._encode(x, chunk, plan.device)
-            return run_steps(self.encode_steps(chunk, plan.device), x, plan.tile)
-        if plan.tile is None:
+            steps = self.encode_steps if plan.sharding is None else partial(self._slab_steps, "encode")
+            return self._run_steps(plan, steps(chunk, plan.device), x)
+        if not plan.in_steps:
             return self._decode(x, chunk, plan.device)
-        return run_steps(self.decode_steps(chunk, plan.device), x, plan.tile)
+        steps = self.decode_steps if plan.sharding is None else partial(self._slab_steps, "decode")
+        return self._run_steps(plan, steps(chunk, plan.device), x)
 
     def _finish(self, direction: Direction, y: Tensor) -> Tensor:
         return y.clamp_(-1.0, 1.0) if direction == "decode" else y
@@ -263,7 +301,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         """Pieces are alike from the third on, so a short video tells the peak; inputs and results come on top."""
         latents = 1 + 2 * (plan.chunk or 1)
         z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
-        if z_shape[2] <= latents:
+        if z_shape[2] <= latents or plan.sharding is not None:
             return super()._predict(plan)
         short_z = (*z_shape[:2], latents, *z_shape[3:])
         shapes = (self.decoded_shape(short_z), short_z)
@@ -294,6 +332,16 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             torch.tensor(mean, dtype=dtype, device=z.device).view(shape),
             torch.tensor(std, dtype=dtype, device=z.device).view(shape),
         )
+
+
+def _behind(network: Network, patch: int) -> Network:
+    """A network of patches, for pixels."""
+    return lambda x, cache: network(patchify(x, patch), cache)
+
+
+def _before(network: Network, patch: int) -> Network:
+    """A network that makes patches, to pixels."""
+    return lambda x, cache: unpatchify(network(x, cache), patch)
 
 
 def _arch(config: VAEConfig) -> WanArchConfig:

@@ -8,7 +8,8 @@ Source: Wan-Video/Wan2.1 `wan/modules/vae.py`; Wan-Video/Wan2.2 `wan/modules/vae
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +19,17 @@ from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, r
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.rms_norm import RMSNorm
+from fastvideo_vae_core.tiling import WHOLE, Axis
 from fastvideo_vae_wan.config import WanArchConfig
+
+
+class Part(NamedTuple):
+    """A part of a network that is local in space: how its output depends on the frames of a clip, and on rows or
+    columns."""
+
+    network: Callable[[Tensor, Cache], Tensor]
+    time: Axis
+    space: Axis
 
 
 class Encoder(nn.Module):
@@ -58,6 +69,12 @@ class Encoder(nn.Module):
             x = block(x, cache)
         return x
 
+    def parts(self) -> Iterator[Part]:
+        """`down`, in parts that see little beyond their own place."""
+        yield Part(self.conv_in, WHOLE, Axis(before=1, after=1))
+        for block in self.down_blocks:
+            yield block.part()
+
     def middle(self, x: Tensor, cache: Cache) -> Tensor:
         """The part that sees whole frames."""
         x = self.mid_block(x, cache)
@@ -96,7 +113,17 @@ class Decoder(nn.Module):
         """The part that is local in space."""
         for level in self.up_blocks:
             x = level(x, cache)
+        return self.end(x, cache)
+
+    def end(self, x: Tensor, cache: Cache) -> Tensor:
+        """Norm, SiLU, convolution."""
         return norm_silu_conv(x, self.norm_out, self.conv_out, cache).settled()
+
+    def parts(self) -> Iterator[Part]:
+        """`up`, in parts that see little beyond their own place."""
+        for level in self.up_blocks:
+            yield from level.parts()
+        yield Part(self.end, WHOLE, Axis(before=1, after=1))
 
 
 class DownLevel(nn.Module):
@@ -113,6 +140,13 @@ class DownLevel(nn.Module):
         for resnet in self.resnets:
             h = resnet(h, cache)
         return self.downsampler(h, cache) + self.shortcut(x, cache)
+
+    def part(self) -> Part:
+        """One, because the average goes around all; it takes whole cells."""
+        halo = 2 * len(self.resnets)
+        if isinstance(self.downsampler, Downsample):
+            return self.downsampler.part()._replace(network=self, space=Axis(down=2, before=halo, after=halo + 2))
+        return Part(self, WHOLE, Axis(before=halo, after=halo))
 
 
 class UpLevel(nn.Module):
@@ -132,6 +166,10 @@ class UpLevel(nn.Module):
         for part in (*self.resnets, *self.upsamplers):
             x = part(x, cache)
         return x
+
+    def parts(self) -> Iterator[Part]:
+        for part in (*self.resnets, *self.upsamplers):
+            yield part.part()
 
 
 class ResidualUpLevel(nn.Module):
@@ -153,6 +191,14 @@ class ResidualUpLevel(nn.Module):
         for resnet in self.resnets:
             h = resnet(h, cache)
         return self.shortcut.add(self.upsampler(h, cache), x, cache)
+
+    def parts(self) -> Iterator[Part]:
+        """One, because the bypass goes around all."""
+        halo = 2 * len(self.resnets)
+        if isinstance(self.upsampler, Upsample2d):
+            yield self.upsampler.part()._replace(network=self, space=Axis(up=2, before=halo + 1, after=halo + 1))
+        else:
+            yield Part(self, WHOLE, Axis(before=halo, after=halo))
 
 
 class MidBlock(nn.Module):
@@ -183,6 +229,9 @@ class ResidualBlock(nn.Module):
         # Nested, so that nothing holds the first result during the second convolution.
         h = norm_silu_conv(norm_silu_conv(x, self.norm1, self.conv1, cache), self.norm2, self.conv2, cache)
         return h.plus(self.conv_shortcut(x))
+
+    def part(self) -> Part:
+        return Part(self, WHOLE, Axis(before=2, after=2))
 
 
 class Attention(nn.Module):
@@ -215,6 +264,9 @@ class Downsample(nn.Module):
         frames = rows_of(x)
         return unstack(self.resample(stack(frames)), frames)
 
+    def part(self) -> Part:
+        return Part(self, WHOLE, Axis(down=2, after=1))
+
 
 class Downsample3d(Downsample):
     """The same, and half the frames behind the first, which stays one."""
@@ -231,6 +283,9 @@ class Downsample3d(Downsample):
             cache.keep(self.time_conv, rows_of(x))
         return x
 
+    def part(self) -> Part:
+        return super().part()._replace(time=Axis(down=2, lead=1, whole=True))
+
 
 class Upsample2d(nn.Module):
     """Twice the resolution: nearest neighbour, then a convolution."""
@@ -242,6 +297,9 @@ class Upsample2d(nn.Module):
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         frames = rows_of(x)
         return unstack(self.resample(stack(frames)), frames)
+
+    def part(self) -> Part:
+        return Part(self, WHOLE, Axis(up=2, before=1, after=1))
 
 
 class Upsample3d(Upsample2d):
@@ -256,6 +314,9 @@ class Upsample3d(Upsample2d):
             pairs_BTHW2C = rows_of(self.time_conv(x, cache)).unflatten(-1, (2, -1))
             x = pairs_BTHW2C.movedim(4, 2).flatten(1, 2).movedim(-1, 1)
         return super().forward(x, cache)
+
+    def part(self) -> Part:
+        return super().part()._replace(time=Axis(up=2, lead=1, whole=True))
 
 
 class Average(nn.Module):

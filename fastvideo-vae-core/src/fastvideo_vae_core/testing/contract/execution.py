@@ -1,4 +1,4 @@
-"""One answer, whatever the way: whole, item by item, streamed, tiled, or what a budget chooses."""
+"""One answer, whatever the way: whole, item by item, streamed, tiled, on several devices, or what a budget chooses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
-from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.testing.contract.hooks import VAE, Hooks, both_directions, distance, moments
+from fastvideo_vae_core.testing.ranks import on_ranks
 
 # So many tiles at most in a test, because each is a run of its own.
 MOST_TILES = 40
@@ -68,6 +70,70 @@ class ExecutionContract(Hooks):
         for tile in (*thin, (2,) * len(extent), tuple(3 * size for size in extent)):
             plan = self.plan(vae, direction, tuple(x.shape), tile=tile)
             assert distance(self.run(vae, direction, x, plan), whole) <= self.fp32_bound, tile
+
+    @both_directions
+    def test_sharded_equals_whole(self, vae64: VAE, direction: Direction) -> None:
+        """Over fewer and more ranks than a grid has elements, to the one that is to have the result and to none."""
+        for world, destination, grid in zip((3, 2, 5), (1, None, 0), self.latent_grids, strict=False):
+            x = self.example(vae64, direction, batch=1, grid=grid)
+            self.check_sharded(vae64, direction, x, world, self.fp64_bound, destination=destination)
+
+    @both_directions
+    def test_sharded_in_tiles_equals_whole(self, vae: VAE, direction: Direction) -> None:
+        """Float32, item by item."""
+        x = self.example(vae, direction)
+        self.check_sharded(vae, direction, x, 2, self.fp32_bound, tile=(3,) * (x.ndim - 2), items=1)
+
+    @pytest.mark.slow
+    @both_directions
+    @pytest.mark.parametrize("double", [False, True])
+    def test_any_sharding_equals_whole(self, vae: VAE, direction: Direction, double: bool) -> None:
+        """Any grid on any number of ranks along any axis, in tiles and pieces of any size."""
+        vae = vae.double() if double else vae
+        bound = self.fp64_bound if double else self.fp32_bound
+
+        @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(data=st.data())
+        def check(data: st.DataObject) -> None:
+            x = self.example(vae, direction, batch=1, grid=data.draw(st.sampled_from(self.latent_grids)))
+            world = data.draw(st.sampled_from((1, 2, 3, 4, 5, 8)))
+            axis = data.draw(st.sampled_from((None, *range(x.ndim - 2))))
+            destination = data.draw(st.sampled_from((None, *range(world))))
+            options: dict[str, object] = {"tile": data.draw(st.none() | tiles(largest_grid(vae, x, direction)))}
+            chunk = self.plan(vae, direction, tuple(x.shape)).chunk
+            if chunk is not None:
+                options["chunk"] = data.draw(st.integers(1, chunk))
+            self.check_sharded(vae, direction, x, world, bound, axis, destination, **options)
+
+        check()
+
+    def check_sharded(
+        self,
+        vae: VAE,
+        direction: Direction,
+        x: Tensor,
+        world: int,
+        bound: float,
+        axis: int | None = None,
+        destination: int | None = 0,
+        **options: object,
+    ) -> None:
+        """Every rank has what it is to have of the result that one device makes."""
+        whole = self.run(vae, direction, x)
+
+        def call(group: object) -> tuple[Plan, Tensor]:
+            sharding = Sharding(group=group, axis=axis, destination=destination, timeout=20)
+            plan = self.plan(vae, direction, tuple(x.shape), mesh=sharding, **options)
+            return plan, self.run(vae, direction, x, plan)
+
+        for rank, (plan, made) in enumerate(on_ranks(world, call)):
+            assert plan.sharding is not None
+            assert plan.sharding.axis is not None
+            size = whole.shape[2 + plan.sharding.axis]
+            start, stop = (0, size) if rank == destination else plan.sharding.spans(size)[rank]
+            expected = whole.narrow(2 + plan.sharding.axis, start, stop - start)
+            assert made.shape == expected.shape
+            assert made.numel() == 0 or distance(made, expected) <= bound, (rank, str(plan))
 
     @both_directions
     def test_every_grid_can_be_tiled(self, vae64: VAE, direction: Direction) -> None:
