@@ -86,7 +86,7 @@ class _OverWaveforms(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _decode(self, z: Tensor) -> Tensor:
         return self._run("decode", z, None)
 
-    def _planned(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
+    def _matching(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
         if plan is None:
             return self._plan(direction, tuple(x.shape))
         if (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
@@ -156,7 +156,7 @@ class WaveformEncoder(_OverWaveforms):
         )
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
-        plan = self._planned(direction, x, plan)
+        plan = self._matching(direction, x, plan)
         frames, mel_shape = self._whole_frames(plan.tile), self._mel_shape(plan.input_shape)
         tile = None if frames is None else (frames, self.audio.arch.mel_bins)
         return self.audio._run(
@@ -261,7 +261,7 @@ class WaveformDecoder(_OverWaveforms):
         )
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
-        plan = self._planned(direction, x, plan)
+        plan = self._matching(direction, x, plan)
         frames = self._whole_frames(plan.tile)
         tiles = (None, None) if frames is None else ((frames, self.audio.arch.mel_bins), (frames * self.hop,))
         mel = self.audio._run(
