@@ -440,8 +440,11 @@ def test_ten_times_as_long_takes_no_more_memory(desk: Path) -> None:
 def test_what_is_no_video_is_refused(run: Command, desk: Path) -> None:
     (desk / "text.mp4").write_text("no video")
     (desk / "empty.mp4").touch()
-    whole = (desk / "clip.mp4").read_bytes()
-    (desk / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    # Behind the sixth frame; x264 does not make the same bytes each time, and within a frame the error is another one.
+    with av.open(str(desk / "clip.mp4")) as container:
+        packets = [each for each in container.demux(video=0) if each.size]
+    end = sorted(packet.pos + packet.size for packet in packets)[5]
+    (desk / "cut.mp4").write_bytes((desk / "clip.mp4").read_bytes()[:end])
     encode = ("-o", "x.safetensors", "-q")
     run("encode", "text.mp4", *encode).assert_fails("text.mp4 cannot be read")
     run("encode", "empty.mp4", *encode).assert_fails("empty.mp4 is empty")
