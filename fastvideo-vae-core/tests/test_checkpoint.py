@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import struct
 import zipfile
@@ -33,6 +32,7 @@ from fastvideo_vae_core.checkpoint import (
     shards,
 )
 from fastvideo_vae_core.errors import CheckpointError
+from fastvideo_vae_core.testing.payload import Payload
 from fastvideo_vae_core.testing.toys import AUDIO, IMAGE, VIDEO, ToyImage, toy
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2, dtype=torch.int64)}
@@ -186,16 +186,6 @@ class TestDamage:
             archive.writestr("readme.txt", "hello")
         with pytest.raises(CheckpointError):
             open_checkpoint([path])
-
-
-class Payload:
-    """Creates a file when it is unpickled by something that lets it."""
-
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.proof),)
 
 
 class TestPayload:

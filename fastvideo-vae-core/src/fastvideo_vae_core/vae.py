@@ -322,11 +322,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         return self
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
-        if plan is None:
-            plan = self._plan(direction, tuple(x.shape))
-        elif (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
-            wanted = f"{plan.direction} of {plan.input_shape}"
-            raise ConfigError(f"the plan is for {wanted}, not for {direction} of {tuple(x.shape)}; make a new one")
+        plan = self._matching(direction, x, plan)
         if plan.sharding is None:
             return self._run_plan(plan, x, None)
         ranks = Ranks(plan.sharding)
@@ -334,6 +330,15 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             ranks.agree(_shared_facts(plan), x.device)
             made = self._run_plan(plan, x, ranks)
             return ranks.assemble(made, plan.output_shape[ranks.axis])
+
+    def _matching(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
+        """The plan, which must be for this call, or one made for it."""
+        if plan is None:
+            return self._plan(direction, tuple(x.shape))
+        if (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
+            wanted = f"{plan.direction} of {plan.input_shape}"
+            raise ConfigError(f"the plan is for {wanted}, not for {direction} of {tuple(x.shape)}; make a new one")
+        return plan
 
     def _run_plan(self, plan: Plan, x: Tensor, ranks: Ranks | None) -> Tensor:
         """What this device makes of the input: the result, or its slab of it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 import fastvideo_vae_core as fvae
 from fastvideo_vae_core.testing.golden import make_input
+from fastvideo_vae_core.testing.payload import Payload
 from fastvideo_vae_gamecraft import GAMECRAFT, AutoencoderKLHunyuanVideo, HunyuanVideoArchConfig
 
 # Wide enough for the published 32 groups, which no tensor tells.
@@ -142,16 +142,6 @@ def test_a_truncated_file_is_refused(model: AutoencoderKLHunyuanVideo, tmp_path:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(fvae.CheckpointError, match=r"pytorch_model\.pt"):
         fvae.load(path)
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_a_pickle_with_a_payload_is_refused_and_not_run(model: AutoencoderKLHunyuanVideo, tmp_path: Path) -> None:

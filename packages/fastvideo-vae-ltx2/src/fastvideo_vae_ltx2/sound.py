@@ -86,14 +86,6 @@ class _OverWaveforms(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _decode(self, z: Tensor) -> Tensor:
         return self._run("decode", z, None)
 
-    def _matching(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
-        if plan is None:
-            return self._plan(direction, tuple(x.shape))
-        if (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
-            wanted = f"{plan.direction} of {plan.input_shape}"
-            raise ConfigError(f"the plan is for {wanted}, not for {direction} of {tuple(x.shape)}; make a new one")
-        return plan
-
     def _whole_frames(self, tile: Sequence[int] | None) -> int | None:
         """The frames of a tile of samples."""
         return None if tile is None else max(tile[0] // self.hop, 1)
