@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import bz2
 import json
-import math
 import shutil
 import subprocess
 import tempfile
@@ -22,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from fastvideo_vae_core.media.images import read_image, to_uint8
+from fastvideo_vae_core.metrics import psnr, ssim
 
 # The one that a package may ship: in the public domain, and held out.
 SHIPPED = "astronaut"
@@ -151,32 +150,18 @@ def measure(model: Callable[[Tensor], Tensor], folder: Path, strip: Path) -> Ite
         x = read_image(folder / "held-out" / entry["file"])[None]
         y = model(x)
         before, after = to_uint8(x).double(), to_uint8(y).double()
-        psnr = 10 * math.log10(255**2 / float((after - before).square().mean()))
         height, width = x.shape[-2:]
-        yield Measured(name=entry["name"], width=width, height=height, psnr=psnr, ssim=ssim(before, after))
+        yield Measured(
+            name=entry["name"],
+            width=width,
+            height=height,
+            psnr=float(psnr(before, after, data_range=255)),
+            ssim=float(ssim(before, after, data_range=255, black=0)),
+        )
         row = torch.cat([before, after, ((after - before) * 8 + 128).clamp(0, 255)])
         top, left = (height - MIDDLE) // 2, (width - MIDDLE) // 2
         rows.append(torch.cat([*row[:, :, top : top + MIDDLE, left : left + MIDDLE]], dim=2))
     Image.fromarray(torch.cat(rows, dim=1).byte().permute(1, 2, 0).numpy()).save(strip)
-
-
-def ssim(x_BCHW: Tensor, y_BCHW: Tensor) -> float:
-    """Structural similarity of levels in 0..255, with the usual Gaussian window of 11 pixels; the mean of the channels.
-
-    Source: Wang, Bovik, Sheikh and Simoncelli 2004.
-    """
-    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = (window / window.sum()).expand(3, 1, 1, 11)
-
-    def blurred(image: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(image, window, groups=3), window.mT, groups=3)
-
-    mean_x, mean_y = blurred(x_BCHW), blurred(y_BCHW)
-    var_x, var_y = blurred(x_BCHW**2) - mean_x**2, blurred(y_BCHW**2) - mean_y**2
-    covariance = blurred(x_BCHW * y_BCHW) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return float((similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
 
 
 # Wheels of one platform and Python hold the pictures wherever this runs.

@@ -1,8 +1,9 @@
 """How far a reconstruction is from its original: PSNR, SSIM and MS-SSIM, in plain PyTorch on the tensors' device.
 
 B batch, C channels, T frames, H height, W width, b scales. Every metric takes (B, C, H, W) or one (C, H, W), gives one
-float64 value per picture, (B,), and accumulates in float64. `data_range` is the distance from black to white: 2 for
-samples in [-1, 1], 255 for 8-bit levels. One clip without a batch axis would pass for a batch: give it one, x[None].
+float64 value per picture, (B,), and accumulates in float64. `data_range` is the distance from `black` to white: 2 from
+-1 for samples in [-1, 1], 255 from 0 for 8-bit levels. SSIM compares brightness above black, so that a picture has one
+SSIM however it is stored. One clip without a batch axis would pass for a batch: give it one, x[None].
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def squared_error(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
     return torch.stack([_squared_error(a, b) for a, b in zip(x, y, strict=True)])
 
 
-def ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0) -> Tensor:
+def ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0, black: float = -1.0) -> Tensor:
     """Structural similarity, 1 for equal pictures: Gaussian window of 11 taps and sigma 1.5, K1 0.01, K2 0.03.
 
     The mean over channels and over every window that lies wholly inside the picture, with population covariances.
@@ -60,21 +61,22 @@ def ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0) -> Tensor:
     Source: Wang, Bovik, Sheikh and Simoncelli 2004.
     """
     x, y = _batched(x_BCHW, y_BCHW, least_side=_TAPS, name="SSIM")
-    return torch.stack([_similarity(a, b, data_range)[0].mean() for a, b in zip(x, y, strict=True)])
+    return torch.stack([_similarity(a, b, data_range, black)[0].mean() for a, b in zip(x, y, strict=True)])
 
 
-def ms_ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0) -> Tensor:
+def ms_ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0, black: float = -1.0) -> Tensor:
     """SSIM over five scales, each half the one before, with the published weights.
 
     Contrast and structure count at every scale, luminance at the coarsest; negative values count as 0. Odd sides are
-    padded by one row or column of zeros at either end before they are halved, as pytorch-msssim does.
+    padded by one black row or column at either end before they are halved, as pytorch-msssim does.
 
     Raises:
         ShapeError: the shapes differ or are not pictures, or a side is below 161.
     Source: Wang, Simoncelli and Bovik 2003.
     """
     x, y = _batched(x_BCHW, y_BCHW, least_side=MS_SSIM_LEAST_SIDE, name="MS-SSIM")
-    return torch.stack([_multi_scale(_float64(a), _float64(b), data_range).mean() for a, b in zip(x, y, strict=True)])
+    pairs = ((_float64(a) - black, _float64(b) - black) for a, b in zip(x, y, strict=True))
+    return torch.stack([_multi_scale(a, b, data_range).mean() for a, b in pairs])
 
 
 def per_frame(metric: Metric, x_BCTHW: Tensor, y_BCTHW: Tensor, *, data_range: float = 2.0) -> Tensor:
@@ -100,13 +102,13 @@ def _multi_scale(x_CHW: Tensor, y_CHW: Tensor, data_range: float) -> Tensor:
     for b, weight in enumerate(_SCALE_WEIGHTS):
         if b:
             x_CHW, y_CHW = _halved(x_CHW), _halved(y_CHW)
-        whole_C, contrast_C = _similarity(x_CHW, y_CHW, data_range)
+        whole_C, contrast_C = _similarity(x_CHW, y_CHW, data_range, 0.0)
         factor_C = whole_C if b == len(_SCALE_WEIGHTS) - 1 else contrast_C
         product_C *= factor_C.clamp(min=0) ** weight
     return product_C
 
 
-def _similarity(x_CHW: Tensor, y_CHW: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+def _similarity(x_CHW: Tensor, y_CHW: Tensor, data_range: float, black: float) -> tuple[Tensor, Tensor]:
     """Per channel, the mean SSIM over every window inside the picture, and that of its contrast and structure alone.
 
     In bands of rows, which keep the dozen float64 maps small: several times faster on a CPU, and no limit on the size.
@@ -116,7 +118,8 @@ def _similarity(x_CHW: Tensor, y_CHW: Tensor, data_range: float) -> tuple[Tensor
     sums_2C = torch.zeros(2, x_CHW.shape[0], dtype=torch.float64, device=_float64(x_CHW[:, :1]).device)
     for top in range(0, rows, step):
         band = slice(top, min(top + step, rows) + _TAPS - 1)
-        maps_2CHW = _similarity_maps(_float64(x_CHW[:, band]), _float64(y_CHW[:, band]), data_range)
+        pair = (_float64(each_CHW[:, band]) - black for each_CHW in (x_CHW, y_CHW))
+        maps_2CHW = _similarity_maps(*pair, data_range)
         sums_2C += maps_2CHW.sum((2, 3))
     whole_C, contrast_C = sums_2C / (rows * columns)
     return whole_C, contrast_C
