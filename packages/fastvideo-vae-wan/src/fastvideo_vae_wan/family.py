@@ -32,4 +32,6 @@ FAMILY = Family(
             infer=f"{_PACKAGE}.checkpoint:infer",
         ),
     ),
+    demo="demo",
+    demo_media="demo/clip.mp4",
 )
