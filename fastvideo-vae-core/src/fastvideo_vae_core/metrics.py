@@ -118,8 +118,8 @@ def _similarity(x_CHW: Tensor, y_CHW: Tensor, data_range: float, black: float) -
     sums_2C = torch.zeros(2, x_CHW.shape[0], dtype=torch.float64, device=_float64(x_CHW[:, :1]).device)
     for top in range(0, rows, step):
         band = slice(top, min(top + step, rows) + _TAPS - 1)
-        pair = (_float64(each_CHW[:, band]) - black for each_CHW in (x_CHW, y_CHW))
-        maps_2CHW = _similarity_maps(*pair, data_range)
+        x_band, y_band = _float64(x_CHW[:, band]) - black, _float64(y_CHW[:, band]) - black
+        maps_2CHW = _similarity_maps(x_band, y_band, data_range)
         sums_2C += maps_2CHW.sum((2, 3))
     whole_C, contrast_C = sums_2C / (rows * columns)
     return whole_C, contrast_C
