@@ -100,6 +100,8 @@ class Recipe(Optimisation, Generic[Arch]):
     learning_rate: float = 2e-3
 
 
+# More of the same for weights that are trained already: one shape is compiled.
+POLISH_STAGES = (Stage(until=1.0, frames=33, side=96, batch=2),)
 # What a CPU can rehearse in a minute.
 SMALL_STAGES = (
     Stage(until=0.8, frames=5, side=64, batch=2, l1=0.05, gradient=0.05),

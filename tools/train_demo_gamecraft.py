@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demo_video
-from demo_video import SMALL_STAGES, Miniature, Recipe, orthogonal
+from demo_video import POLISH_STAGES, SMALL_STAGES, Miniature, Recipe, orthogonal
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops.attention import GridAttention
 from fastvideo_vae_core.ops.clip import CausalConv
@@ -41,6 +41,7 @@ ARCH = HunyuanVideoArchConfig(
 )
 RECIPES = {
     "large": Recipe(arch=ARCH, learning_rate=1.5e-3),
+    "polish": Recipe(arch=ARCH, learning_rate=1.5e-3, stages=POLISH_STAGES),
     "small": Recipe(arch=ARCH, learning_rate=1.5e-3, stages=SMALL_STAGES),
 }
 

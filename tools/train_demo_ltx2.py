@@ -47,7 +47,7 @@ from demo_training import (
     history,
     write_checkpoint,
 )
-from demo_video import SMALL_STAGES, Miniature, Recipe, orthogonal
+from demo_video import POLISH_STAGES, SMALL_STAGES, Miniature, Recipe, orthogonal
 from demo_waves import read_wave, write_wave
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_ltx2.audio import AutoencoderKLLTX2Audio
@@ -76,7 +76,11 @@ VIDEO = LTX2VideoArchConfig(
     decoder_causal=False,
 )
 AUDIO = LTX2AudioArchConfig(base_channels=64, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=4)
-RECIPES = {"large": Recipe(arch=VIDEO), "small": Recipe(arch=VIDEO, stages=SMALL_STAGES)}
+RECIPES = {
+    "large": Recipe(arch=VIDEO),
+    "polish": Recipe(arch=VIDEO, stages=POLISH_STAGES),
+    "small": Recipe(arch=VIDEO, stages=SMALL_STAGES),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,8 @@ class AudioRecipe(Optimisation):
     gain: float = 1.0
 
 
+# The one of the recordings that ships, and its file.
+SHIPPED, RECORDING = "house", "recording.ogg"
 AUDIO_RECIPES = {"large": AudioRecipe(), "small": AudioRecipe(frames=65, batch=4)}
 
 
@@ -205,7 +211,8 @@ def prepare_audio(recordings: Path, output: Path) -> None:
         x_CS = F.pad(x_CS, (0, max(0, WINDOW * 2 - x_CS.shape[1])))
         mels[f"{folder}/{each['name']}"] = model.waveform_to_mel(x_CS[None], rate)[0].half().contiguous()
     save_file(mels, output / "mels.safetensors")
-    shutil.copyfile(recordings / "sources.json", output / "sources.json")
+    for name in ("sources.json", RECORDING):
+        shutil.copyfile(recordings / name, output / name)
 
 
 def read_mels(folder: Path, part: str) -> dict[str, Tensor]:
@@ -344,6 +351,7 @@ def measure_audio(mels: Path, output: Path, device: str) -> None:
             write_wave(output / f"{name}-{kind}.wav", griffin_lim(each[0], arch).cpu(), arch.sample_rate)
     table = "\n".join(lines)
     log(f"{HEADER}\n{table}")
+    shutil.copyfile(mels / RECORDING, folder / RECORDING)
     (folder / "README.md").write_text(readme(arch, history(output), table, mels), encoding="utf-8")
     log("done")
 
@@ -369,7 +377,11 @@ def readme(arch: LTX2AudioArchConfig, run: str, table: str, mels: Path) -> str:
     for each in listed:
         package = (each["package"][key] for key in ("requirement", "licence", "credit"))
         rows[each["held_out"]].append("| " + " | ".join((each["name"], f"{each['length']:.0f} s", *package)) + " |")
+    shipped = next(each for each in listed if each["name"] == SHIPPED)
     return README.format(
+        shipped=SHIPPED,
+        credit=shipped["package"]["credit"],
+        licence=shipped["package"]["licence"],
         widths="-".join(map(str, arch.widths)),
         latents=arch.latent_channels,
         ratio=arch.ratio,
@@ -388,7 +400,8 @@ README = """\
 `diffusion_pytorch_model.safetensors` and `config.json` are a small but really trained `AutoencoderKLLTX2Audio` in
 diffusers' layout: widths {widths}, {latents} latent channels, one latent for {ratio} frames of {ratio} mel bins of
 spectrograms of stereo sound at {rate} Hz, stored in float16. It is there for demonstrations and tests. Its quality is
-that of a miniature; for work, load a published checkpoint. No vocoder comes with it.
+that of a miniature; for work, load a published checkpoint. No vocoder comes with it: to hear the table,
+`tools/train_demo_ltx2.py measure-audio` makes waveforms of both spectrograms by Griffin and Lim's algorithm.
 
 ## How well it does
 
@@ -404,6 +417,10 @@ By `tools/train_demo_ltx2.py`:
 {run}
 The recipe stands at the top of that file: AdamW, the absolute error of logarithmic levels with a small weight on the
 squared one, a small Kullback-Leibler term, and a moving average of the weights.
+
+## recording.ogg
+
+{credit}; {licence}. It is the held-out recording "{shipped}" of the table.
 
 ## Recordings
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demo_video
-from demo_video import SMALL_STAGES, Miniature, Recipe, orthogonal
+from demo_video import POLISH_STAGES, SMALL_STAGES, Miniature, Recipe, orthogonal
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.ops.rms_norm import RMSNorm, rms_norm_silu
@@ -50,7 +50,11 @@ ARCH = WanArchConfig(
     latents_mean=(0.0,) * 24,
     latents_std=(1.0,) * 24,
 )
-RECIPES = {"large": Recipe(arch=ARCH), "small": Recipe(arch=ARCH, stages=SMALL_STAGES)}
+RECIPES = {
+    "large": Recipe(arch=ARCH),
+    "polish": Recipe(arch=ARCH, stages=POLISH_STAGES),
+    "small": Recipe(arch=ARCH, stages=SMALL_STAGES),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
