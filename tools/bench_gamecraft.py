@@ -8,24 +8,20 @@ that fails says so, and the others go on. How it compares with diffusers is the 
 
 from __future__ import annotations
 
-import argparse
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench_tools import Options, busiest, error, measure, run_parts, timed
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops.attention import prefix_attention
 from fastvideo_vae_core.ops.clip import CausalConv, Clip, Reading, Run, convolved, upsampled
 from fastvideo_vae_gamecraft.config import GAMECRAFT
 from fastvideo_vae_gamecraft.model import AutoencoderKLHunyuanVideo
 
-START = time.monotonic()
 BF16 = torch.bfloat16
 
 # Input and output channels, frames, height, width: the layers that take the time, at 704 x 1216.
@@ -49,38 +45,17 @@ UPSAMPLINGS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=225)
-    parser.add_argument("--parts", default="")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, to see whether the script runs")
-    options = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    print("torch", torch.__version__, "cudnn", torch.backends.cudnn.version())
-    parts: dict[str, Callable[[argparse.Namespace], None]] = {
+    parts: dict[str, Callable[[Options], None]] = {
         "end_to_end": end_to_end,
         "profile": profile,
         "attention": attention,
         "convolutions": convolutions,
         "upsampling": upsampling,
     }
-    wanted = [name for name in options.parts.split(",") if name] or list(parts)
-    for name in wanted:
-        print(f"\n=== {name} (at {time.monotonic() - START:.0f} s)", flush=True)
-        if time.monotonic() - START > options.seconds:
-            print("left out: no time")
-            continue
-        try:
-            with torch.no_grad():
-                parts[name](options)
-        except Exception:
-            print(traceback.format_exc(limit=6))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    print(f"\ndone at {time.monotonic() - START:.0f} s")
+    run_parts(__doc__, parts)
 
 
-def end_to_end(options: argparse.Namespace) -> None:
+def end_to_end(options: Options) -> None:
     """Times and peaks of whole clips, in bfloat16, for every number of latent frames at a time that may pay."""
     model, z, x = clip(options)
     for chunk in (1, 2, 3):
@@ -91,21 +66,14 @@ def end_to_end(options: argparse.Namespace) -> None:
             measure(f"{name} chunk {chunk}", partial(run, z if name == "decode" else x, plan=plan))
 
 
-def profile(options: argparse.Namespace) -> None:
+def profile(options: Options) -> None:
     """The kernels that take the time."""
     model, z, x = clip(options)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for name, run in (("decode", lambda: model.decode(z)), ("encode", lambda: model.encode(x))):
-        run()
-        with torch.profiler.profile(activities=activities) as made:
-            run()
-        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        print(name, made.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70))
+    busiest("decode", lambda: model.decode(z))
+    busiest("encode", lambda: model.encode(x))
 
 
-def attention(options: argparse.Namespace) -> None:
+def attention(options: Options) -> None:
     """Nine frames of 88 x 152: a fused kernel for each prefix, or products in blocks of queries."""
     frames, frame, width = (2, 6, 16) if options.small else (9, 88 * 152, 512)
     q, k, v = (torch.randn(1, 1, frames * frame, width, device=options.device, dtype=BF16) for _ in range(3))
@@ -132,7 +100,7 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor, frame: int, rows: int) -> Tensor:
     return made
 
 
-def convolutions(options: argparse.Namespace) -> None:
+def convolutions(options: Options) -> None:
     """Norm, SiLU and convolution of one piece: frames side by side in the channels, or a convolution in 3-D. The first
     number is the convolution alone."""
     for before, after, frames, height, width in CONVOLUTIONS[:1] if options.small else CONVOLUTIONS:
@@ -157,7 +125,7 @@ def convolutions(options: argparse.Namespace) -> None:
             print(f"{what:55} {operations / alone / 1e9:6.0f} {operations / whole / 1e9:6.0f} TFLOP/s {whole:8.2f} ms")
 
 
-def upsampling(options: argparse.Namespace) -> None:
+def upsampling(options: Options) -> None:
     """Folded into the convolution, or repeated before it. Operations are those of the latter."""
     for channels, frames, height, width, repeats in UPSAMPLINGS[:1] if options.small else UPSAMPLINGS:
         if options.small:
@@ -176,7 +144,7 @@ def upsampling(options: argparse.Namespace) -> None:
             print(f"{channels}, {frames} x {height} x {width} by {repeats}, {name}: {ms:.2f} ms, {rate:.0f} TFLOP/s")
 
 
-def clip(options: argparse.Namespace) -> tuple[AutoencoderKLHunyuanVideo, Tensor, Tensor]:
+def clip(options: Options) -> tuple[AutoencoderKLHunyuanVideo, Tensor, Tensor]:
     """The published network with random weights, latents, and the video of that size."""
     arch = GAMECRAFT if not options.small else replace(GAMECRAFT, block_out_channels=(32,) * 4, layers_per_block=1)
     with torch.device(options.device):
@@ -185,43 +153,9 @@ def clip(options: argparse.Namespace) -> tuple[AutoencoderKLHunyuanVideo, Tensor
         return model, z, torch.rand(model.decoded_shape(z.shape), dtype=BF16) * 2 - 1
 
 
-def piece(options: argparse.Namespace, channels: int, frames: int, height: int, width: int) -> Tensor:
+def piece(options: Options, channels: int, frames: int, height: int, width: int) -> Tensor:
     x = torch.randn(1, channels, frames, height, width, device=options.device, dtype=BF16)
     return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def measure(name: str, run: Callable[[], Any]) -> None:
-    if not torch.cuda.is_available():
-        print(f"{name:30} {timed(run):9.1f} ms")
-        return
-    torch.cuda.empty_cache()
-    run()
-    torch.cuda.reset_peak_memory_stats()
-    ms = timed(run, least=3)
-    peaks = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
-    print(f"{name:30} {ms:9.1f} ms  peak {peaks[0]:5.2f} GiB, reserved {peaks[1]:5.2f} GiB")
-
-
-def timed(run: Callable[[], Any], least: int = 5) -> float:
-    """Median of several runs in milliseconds, by device events."""
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - begin)
-    run()
-    times = []
-    for _ in range(least):
-        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin_event.record()
-        run()
-        end_event.record()
-        torch.cuda.synchronize()
-        times.append(begin_event.elapsed_time(end_event))
-    return sorted(times)[len(times) // 2]
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
 if __name__ == "__main__":

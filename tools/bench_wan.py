@@ -8,12 +8,8 @@ that fails says so, and the others go on. `fastvideo_vae_core.ops.causal.stacks`
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench_tools import Options, attempt, busiest, cudnn_benchmark, error, measure, run_parts, timed
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv
 from fastvideo_vae_core.ops.rms_norm import RMSNorm, rms_norm_silu
 from fastvideo_vae_wan.config import WAN21, WAN22, WanArchConfig
 from fastvideo_vae_wan.model import AutoencoderKLWan
 
-START = time.monotonic()
 BF16 = torch.bfloat16
 
 # Input and output channels, frames, height, width: the layers that take the time, at 480 x 832 and 704 x 1280.
@@ -61,15 +57,7 @@ CONVOLUTIONS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=225)
-    parser.add_argument("--parts", default="")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, to see whether the script runs")
-    options = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    about()
-    parts: dict[str, Callable[[argparse.Namespace], None]] = {
+    parts: dict[str, Callable[[Options], None]] = {
         "accuracy": accuracy,
         "wan21": lambda options: end_to_end(options, WAN21, (21, 60, 104), (1, 2, 3, 4)),
         "profile": profile,
@@ -80,36 +68,10 @@ def main() -> None:
         "attention": attention,
         "blocks": blocks,
     }
-    wanted = [name for name in options.parts.split(",") if name] or list(parts)
-    for name in wanted:
-        print(f"\n=== {name} (at {time.monotonic() - START:.0f} s)", flush=True)
-        if time.monotonic() - START > options.seconds:
-            print("left out: no time")
-            continue
-        try:
-            with torch.no_grad():
-                parts[name](options)
-        except Exception:
-            print(traceback.format_exc(limit=6))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    print(f"\ndone at {time.monotonic() - START:.0f} s")
+    run_parts(__doc__, parts)
 
 
-def about() -> None:
-    """Versions, and the two ceilings of the card."""
-    print("torch", torch.__version__, "cudnn", torch.backends.cudnn.version())
-    if not torch.cuda.is_available():
-        return
-    print(torch.cuda.get_device_name())
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
-    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    other = torch.empty_like(big)
-    print(f"matmul {2 * 8192**3 / timed(lambda: a @ b) / 1e9:.0f} TFLOP/s", end=", ")
-    print(f"copy {2 * big.numel() / timed(lambda: other.copy_(big)) / 1e9:.2f} TB/s")
-
-
-def accuracy(options: argparse.Namespace) -> None:
+def accuracy(options: Options) -> None:
     """Both sides' bfloat16 against diffusers' float32, relative."""
     for name, arch in (("wan2.1", WAN21), ("wan2.2", WAN22)):
         model, twin = pair(small(arch) if options.small else arch, options.device, torch.float32)
@@ -128,9 +90,7 @@ def accuracy(options: argparse.Namespace) -> None:
             )
 
 
-def end_to_end(
-    options: argparse.Namespace, arch: WanArchConfig, grid: tuple[int, int, int], chunks: tuple[int, ...]
-) -> None:
+def end_to_end(options: Options, arch: WanArchConfig, grid: tuple[int, int, int], chunks: tuple[int, ...]) -> None:
     """Times and peak memory in bfloat16, beside diffusers."""
     if options.small:
         arch, grid = small(arch), (3, 2, 3)
@@ -156,36 +116,22 @@ def end_to_end(
                 measure(f"ours encode chunk {chunk} benchmark {benchmark}", partial(model.encode, x, plan=plan))
 
 
-def profile(options: argparse.Namespace) -> None:
+def profile(options: Options) -> None:
     """What the kernels of a Wan 2.1 decode, and of an encode, sum up to."""
     arch, grid = (small(WAN21), (3, 2, 3)) if options.small else (WAN21, (9, 60, 104))
     model, _ = pair(arch, options.device, BF16, twin=False)
     z = torch.randn(1, arch.z_dim, *grid, device=options.device, dtype=BF16)
     x = torch.rand(model.decoded_shape(z.shape), device=options.device, dtype=BF16) * 2 - 1
-    for name, run in (("decode", lambda: model.decode(z)), ("encode", lambda: model.encode(x))):
-        run()
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=kinds) as profiled:
-            run()
-        rows = [
-            (getattr(each, "self_device_time_total", 0.0), each.count, each.key)
-            for each in profiled.key_averages()
-            if getattr(each, "self_device_time_total", 0.0) > 0
-        ]
-        total = sum(row[0] for row in rows)
-        print(f"{name} of {grid[0]} latents: {total / 1e3:.1f} ms of kernels")
-        for spent, count, key in sorted(rows, reverse=True)[:18]:
-            print(f"{spent / 1e3:9.2f} ms {100 * spent / total:5.1f} % {count:5d} x {key[:110]}")
+    busiest(f"decode of {grid[0]} latents", lambda: model.decode(z))
+    busiest("encode of the same", lambda: model.encode(x))
 
 
-def convolutions(options: argparse.Namespace) -> None:
+def convolutions(options: Options) -> None:
     """Milliseconds of one 3 x 3 x 3 convolution in each formulation, without bias; TFLOP/s of the best."""
     heading = ("conv3d", "stacked", "taps", "conv3d*", "stacked*", "taps*", "+bias")
     print(f"{'channels, frames, grid':28}" + "".join(f"{each:>10}" for each in heading) + "   best  (* benchmark)")
     for before, after, frames, height, width in CONVOLUTIONS:
-        if time.monotonic() - START > options.seconds:
+        if options.late():
             print("left out: no time")
             return
         if options.small:
@@ -223,7 +169,7 @@ def convolutions(options: argparse.Namespace) -> None:
         )
 
 
-def norms(options: argparse.Namespace) -> None:
+def norms(options: Options) -> None:
     """The norm kernel into both kinds of windows, in TB/s of what it must move, for sizes of its tile."""
     from fastvideo_vae_core.ops.kernels import rms_norm as kernels
 
@@ -252,7 +198,7 @@ def norms(options: argparse.Namespace) -> None:
         )
 
 
-def resampling(options: argparse.Namespace) -> None:
+def resampling(options: Options) -> None:
     """Ways to do the small things between the convolutions."""
     make = {"device": options.device, "dtype": BF16}
     for before, after, height, width in ((384, 192, 120, 208), (192, 96, 240, 416), (1024, 1024, 88, 160)):
@@ -289,7 +235,7 @@ def resampling(options: argparse.Namespace) -> None:
         print(f"time {channels} {height}x{width} x 4: {listed(ways)}", flush=True)
 
 
-def attention(options: argparse.Namespace) -> None:
+def attention(options: Options) -> None:
     """One head over a frame, four frames: kernels of PyTorch, and the two products with a softmax between."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -317,7 +263,7 @@ def attention(options: argparse.Namespace) -> None:
         print(f"attention {channels} x {positions}: " + ", ".join(text) + " ms", flush=True)
 
 
-def blocks(options: argparse.Namespace) -> None:
+def blocks(options: Options) -> None:
     """Norm, SiLU and convolution as the network runs them: what the windows cost beside the convolution."""
     for channels, height, width in ((96, 480, 832), (192, 240, 416), (384, 120, 208), (256, 352, 640), (1024, 88, 160)):
         for stacked, frames in itertools.product((False, True), (4, 8)):
@@ -366,74 +312,8 @@ def small(arch: WanArchConfig) -> WanArchConfig:
     return replace(arch, base_dim=8, decoder_base_dim=8 if arch.is_residual else None, num_res_blocks=1)
 
 
-def measure(name: str, run: Callable[[], Any], runs: int = 2) -> None:
-    """The time of the first call, the median of the next ones, and their peak memory."""
-    if not torch.cuda.is_available():
-        run()
-        print(name)
-        return
-    torch.cuda.empty_cache()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    first = 1e3 * (time.perf_counter() - begin)
-    resting = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    times = sorted(once(run) for _ in range(runs))
-    peak = (torch.cuda.max_memory_allocated() - resting) / 2**30
-    print(
-        f"{name:40} {times[len(times) // 2]:9.1f} ms  peak {peak:5.2f} GiB over weights and input  first {first:.0f} ms"
-    )
-
-
-def timed(run: Callable[[], Any], least: int = 5, budget: float = 60.0) -> float:
-    """Median of several runs in milliseconds, by device events."""
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - begin)
-    for _ in range(2):
-        run()
-    times: list[float] = []
-    while len(times) < least or (sum(times) < budget and len(times) < 50):
-        times.append(once(run))
-    return sorted(times)[len(times) // 2]
-
-
 def listed(ways: dict[str, Callable[[], Any]]) -> str:
     return ", ".join(f"{name} {attempt(way):.3f}" for name, way in ways.items()) + " ms"
-
-
-def once(run: Callable[[], Any]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
-def attempt(run: Callable[[], Any]) -> float:
-    """Its time, or NaN if it fails."""
-    try:
-        return timed(run)
-    except Exception:
-        return float("nan")
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact.double()).norm() / exact.double().norm())
-
-
-@contextmanager
-def cudnn_benchmark(on: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 if __name__ == "__main__":
