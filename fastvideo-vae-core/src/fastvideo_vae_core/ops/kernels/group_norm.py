@@ -18,6 +18,8 @@ from fastvideo_vae_core.ops.norm import Moments
 # the partial moments stay small.
 _TILE = 8192
 _PROGRAMS = 512
+# Channels of a group, where there are not more, for which one program is compiled.
+_WIDEST = 16
 
 
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
@@ -93,8 +95,8 @@ def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         channels,
         norm.eps,
         width,
-        triton.next_power_of_2(width),
-        triton.next_power_of_2(programs),
+        max(int(triton.next_power_of_2(width)), _WIDEST),
+        _PROGRAMS,
         num_warps=8,
     )
     return affine[0], affine[1]
@@ -104,7 +106,7 @@ def _block(channels: int) -> int:
     return int(triton.next_power_of_2(channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def _moments_kernel(x, means, spreads, rows, share, channels: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Mean and spread of each channel over this program's share of the rows, tile by tile (Chan's merge)."""
     program, item = tl.program_id(0), tl.program_id(1)
@@ -135,7 +137,7 @@ def _moments_kernel(x, means, spreads, rows, share, channels: tl.constexpr, TILE
     tl.store(spreads + out, spread, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share", "programs", "channels", "width"])
 def _merge_kernel(
     means,
     spreads,
@@ -148,7 +150,7 @@ def _merge_kernel(
     programs,
     channels,
     eps,
-    WIDTH: tl.constexpr,
+    width,
     WIDTH_BLOCK: tl.constexpr,
     PROGRAMS_BLOCK: tl.constexpr,
 ):
@@ -156,25 +158,25 @@ def _merge_kernel(
     group, item = tl.program_id(0), tl.program_id(1)
     program = tl.arange(0, PROGRAMS_BLOCK)
     column = tl.arange(0, WIDTH_BLOCK)
-    mask = (program < programs)[:, None] & (column < WIDTH)[None, :]
-    at = (item * programs + program)[:, None] * channels + group * WIDTH + column[None, :]
+    mask = (program < programs)[:, None] & (column < width)[None, :]
+    at = (item * programs + program)[:, None] * channels + group * width + column[None, :]
     sizes = tl.minimum(rows - program * share, share).to(tl.float32)[:, None]
     values = tl.load(means + at, mask=mask, other=0.0)
-    total = rows.to(tl.float32) * WIDTH
+    total = rows.to(tl.float32) * width
     mean = tl.sum(tl.sum(tl.where(mask, values * sizes, 0.0), 1), 0) / total
     gap = values - mean
     inner = tl.load(spreads + at, mask=mask, other=0.0)
     spread = tl.sum(tl.sum(tl.where(mask, inner + gap * gap * sizes, 0.0), 1), 0)
     rstd = 1.0 / tl.sqrt(spread / total + eps)
-    channel = group * WIDTH + column
-    inside = column < WIDTH
+    channel = group * width + column
+    inside = column < width
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * rstd
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
     tl.store(scales + item * channels + channel, scale, mask=inside)
     tl.store(offsets + item * channels + channel, offset, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _affine_silu_kernel(
     x, y, scales, offsets, rows, channels: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr
 ):
