@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.ops.conv1d import needs
+from fastvideo_vae_core.ops.conv1d import arrange, conv1d, dilated1d, needs, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import snake
 from fastvideo_vae_core.plan import Direction, Plan
@@ -278,15 +278,11 @@ class Generator(nn.Module):
         self.final = _FINAL[final]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = conv1d(arrange(x), self.conv_in).value()
         for stage, upsampler in enumerate(self.upsamplers):
-            x = upsampler(self.act(x))
-            branches = self._branches(stage)
-            total = branches[0](x)
-            for branch in branches[1:]:
-                total = total + branch(x)
-            x = total / self.branches
-        return self.final(self.conv_out(self.act_out(x)))
+            x = upsample1d(self.act(x), upsampler).value()
+            x = _mean([branch(x) for branch in self._branches(stage)])
+        return self.final(conv1d(self.act_out(x), self.conv_out).value()).contiguous()
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         """The frames [a, b] that the samples [first, last] are made from."""
@@ -320,7 +316,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv1, conv2, act1, act2 in zip(self.convs1, self.convs2, self.acts1, self.acts2, strict=True):
-            x = x + conv2(act2(conv1(act1(x))))
+            h = act2(dilated1d(act1(x), conv1).value())
+            x = conv1d(h, conv2)._replace(branch=x).value()
         return x
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
@@ -430,6 +427,13 @@ class FourierBasis(nn.Module):
     def __init__(self, window: int) -> None:
         super().__init__()
         self.register_buffer("forward_basis", torch.zeros(window + 2, 1, window))
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors (B, N, S) in their layout, rounded once."""
+    if parts[0].stride(1) == 1:
+        return torch.stack([part.mT for part in parts]).mean(0).mT
+    return torch.stack(list(parts)).mean(0)
 
 
 def resampled(x_BCS: Tensor, ratio: int) -> Tensor:

@@ -135,9 +135,11 @@ def _norm_silu_kernel(
     x += tl.load(bias_ptr + column, mask=column < biased, other=0.0).to(tl.float32)
     square = tl.sum(x * x, axis=1, keep_dims=True)
     if PIXEL:
-        y = x / tl.sqrt(square / channels + eps)
+        length = tl.sqrt(square / channels + eps)
+        y = x / length
     else:
-        y = x * (root / tl.maximum(tl.sqrt(square), eps))
+        length = tl.maximum(tl.sqrt(square), eps)
+        y = x * (root / length)
     y = y * tl.load(gamma_ptr + column, mask=column < scaled, other=1.0).to(tl.float32)
     factor = 1.0 + tl.load(scale_ptr + item * channels + column, mask=column < modulated, other=0.0).to(tl.float32)
     y = y * factor + tl.load(shift_ptr + item * channels + column, mask=column < modulated, other=0.0).to(tl.float32)
