@@ -6,6 +6,7 @@ Source: Lightricks/LTX-2 `ltx_core/model/audio_vae/audio_vae.py`. Names are the 
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.modules import Modules
+from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -223,7 +225,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(norm_silu(self.mid(x)))
+        return norm_silu_conv(self.mid(x), self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -250,7 +252,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)
-        return self.conv_out(norm_silu(x))
+        return norm_silu_conv(x, self.conv_out)
 
 
 class DownLevel(nn.Module):
@@ -303,7 +305,7 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if before == after else CausalConv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(norm_silu(self.conv1(norm_silu(x))))
+        h = norm_silu_conv(norm_silu_conv(x, self.conv1), self.conv2)
         return self.nin_shortcut(x) + h
 
 
@@ -335,10 +337,27 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.nearest = Nearest()
         self.conv = CausalConv2d(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))[:, :, 1:]
+        return self.conv(self.nearest(x))[:, :, 1:]
+
+
+def norm_silu_conv(x: Tensor, conv: CausalConv2d) -> Tensor:
+    """conv(norm_silu(x)). In 16 bits on a GPU the activation is written straight into the padded input of the
+    convolution: a network this small is little more than the cost of launching its kernels."""
+    if not _fuses(x, conv.conv.weight):
+        return conv(norm_silu(x))
+    # Imported here because Triton takes a second to import and only GPUs need it.
+    from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
+
+    bins, _, before, _ = conv.pads
+    rows_BTMC = x.movedim(1, -1)
+    batch, frames, width, channels = rows_BTMC.shape
+    window = x.new_zeros(batch, 1, before + frames, width + 2 * bins, channels)
+    norm_silu_into(window, rows_BTMC.unsqueeze(1), None, None, taps=1, shift=0, inset=(before, bins), eps=EPS)
+    return conv.conv(window[:, 0].movedim(-1, 1))
 
 
 def norm_silu(x: Tensor) -> Tensor:
@@ -352,11 +371,18 @@ def _blocks(before: int, after: int, count: int) -> Iterator[ResidualBlock]:
     return (ResidualBlock(after if each else before, after) for each in range(count))
 
 
+def _fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes this: channels-last, as 16 bits on a GPU are, and nothing to differentiate."""
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return x.is_cuda and _HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16) and not differentiates
+
+
 def _arch(config: VAEConfig) -> LTX2AudioArchConfig:
     assert isinstance(config.arch_config, LTX2AudioArchConfig)
     return config.arch_config
 
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _NO_TILES = (
     "tiles in height and width are for pictures; spectrograms are cut along time alone: leave use_tiling off, or pass"
     " tile=(frames, mel bins) to plan_encode and plan_decode"
