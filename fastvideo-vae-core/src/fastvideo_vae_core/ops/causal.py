@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.rms_norm import Modulation, PixelNorm, RMSNorm
 
 
@@ -106,6 +107,7 @@ class CausalConv3d(nn.Conv3d):
     ) -> None:
         around = (kernel[1] // 2, kernel[2] // 2)
         super().__init__(before, after, kernel, (stride, 1, 1), (0, *((0, 0) if border == "reflect" else around)))
+        self.around = (0, 0) if border == "reflect" else around
         self.memory = kernel[0] - stride
         self.stacked = stacks(before, kernel)
         self.copies, self.ahead, self.positions = edge == "copies", ahead, positions
@@ -158,6 +160,10 @@ class CausalConv3d(nn.Conv3d):
             if data.shape[1] < self.kernel_size[0]:
                 rows, columns = self.inset
                 return self._nothing(data, (data.shape[2] - 2 * rows, data.shape[3] - 2 * columns))
+            if taps.takes(cache.device, data, self):
+                rows, columns = self.around
+                made = taps.convolved(F.pad(data, (0, 0, columns, columns, rows, rows)).movedim(-1, 1), weight)
+                return made if bias is None else made + bias.view(-1, 1, 1, 1)
             return F.conv3d(data.movedim(-1, 1), weight, bias, self.stride, self.padding)
         weight = weight.transpose(1, 2).flatten(1, 2)
         if self.kernel_size[1:] == (1, 1):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
 from fastvideo_vae_core.ops.norm import Moments, affine_of, group_norm_act
 
@@ -150,9 +151,13 @@ class CausalConv(nn.Module):
         # Frames that lie side by side in the channels of a fused window, see `ops.causal.stacks`.
         self.slots = kernel if stride[0] == 1 and stacks(before, (kernel,) * 3) else 1
 
-    def forward(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    def forward(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         """The frames that a window, with its borders, is enough for."""
         conv = self.conv
+        if not fused and taps.takes(run.device, data, conv):
+            # Contiguous, because all that follows would copy it.
+            made = taps.convolved(data, conv.weight).contiguous()
+            return made if bias is None else made.add_(bias.view(-1, 1, 1, 1))
         if not fused:
             return F.conv3d(data, conv.weight, bias, conv.stride)
         if self.slots == 1:
@@ -259,7 +264,7 @@ class _FoldedConv:
         self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
         self.taps = self.weight.shape[2]
 
-    def __call__(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    def __call__(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         """The frames that a window, with its borders, is enough for; in front of the first one there is another."""
         bias = None if bias is None else bias.repeat(math.prod(self.repeats))
         made = F.conv3d(data.movedim(-1, 1), self.weight, bias)
@@ -336,10 +341,10 @@ class _Passing:
         count = max((frames - taps) // stride + 1, 0)
         left = frames - count * stride
         if isinstance(data, Window):
-            made = self.conv(data.data, bias, True) if count else None
+            made = self.conv(data.data, bias, True, self.run) if count else None
             self._held = data.last(left)
         else:
-            made = self.conv(data, bias, False) if count else None
+            made = self.conv(data, bias, False, self.run) if count else None
             self._held = data[:, :, -left:].clone()
         del data
         if made is not None:

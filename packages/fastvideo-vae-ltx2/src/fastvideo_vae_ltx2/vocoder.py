@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.ops.conv1d import arrange, conv1d, dilated1d, needs, upsample1d
+from fastvideo_vae_core.ops import taps
+from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, needs, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import snake
 from fastvideo_vae_core.plan import Direction, Plan
@@ -316,8 +317,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv1, conv2, act1, act2 in zip(self.convs1, self.convs2, self.acts1, self.acts2, strict=True):
-            h = act2(dilated1d(act1(x), conv1).value())
-            x = conv1d(h, conv2)._replace(branch=x).value()
+            h = act2(_convolved(act1(x), conv1).value())
+            x = _convolved(h, conv2)._replace(branch=x).value()
         return x
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
@@ -427,6 +428,14 @@ class FourierBasis(nn.Module):
     def __init__(self, window: int) -> None:
         super().__init__()
         self.register_buffer("forward_basis", torch.zeros(window + 2, 1, window))
+
+
+def _convolved(x: Tensor, conv: nn.Conv1d) -> Sum:
+    if not taps.takes(x.device, x, conv):
+        return dilated1d(x, conv)
+    padding = conv.padding[0]
+    assert isinstance(padding, int)
+    return Sum(taps.convolved(F.pad(x, (padding, padding)), conv.weight, conv.dilation), bias=conv.bias)
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:
