@@ -22,10 +22,11 @@ _PROGRAMS = 512
 _WIDEST = 16
 
 
-def group_norm_silu(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-    """silu(group_norm(x)), or the norm alone. x: (B, C, ...) in channels-last layout, float16, bfloat16 or float32."""
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm, silu: bool, bias: Tensor | None = None) -> Tensor:
+    """silu(group_norm(x + bias)), or the norm alone. x: (B, C, ...) in channels-last layout, float16, bfloat16 or
+    float32. bias: (C), which costs no pass over memory here."""
     rows_BNC = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
-    scale_BC, offset_BC = _affine(rows_BNC, norm)
+    scale_BC, offset_BC = _affine(rows_BNC, norm, bias)
     return apply_affine(x, scale_BC, offset_BC, silu)
 
 
@@ -75,7 +76,7 @@ def _partial_moments(rows_BNC: Tensor) -> tuple[Tensor, int]:
     return partial, share
 
 
-def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+def _affine(rows_BNC: Tensor, norm: nn.GroupNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norm as a multiplication and an addition for each item and channel, float32 (B, C) each."""
     batch, rows, channels = rows_BNC.shape
     partial, share = _partial_moments(rows_BNC)
@@ -87,6 +88,7 @@ def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         partial[1],
         norm.weight,
         norm.bias,
+        norm.bias if bias is None else bias,
         affine[0],
         affine[1],
         rows,
@@ -95,6 +97,7 @@ def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         channels,
         norm.eps,
         width,
+        bias is not None,
         max(int(triton.next_power_of_2(width)), _WIDEST),
         _PROGRAMS,
         num_warps=8,
@@ -137,12 +140,13 @@ def _moments_kernel(x, means, spreads, rows, share, channels: tl.constexpr, TILE
     tl.store(spreads + out, spread, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "share", "programs", "channels", "width"])
+@triton.jit(do_not_specialize=["rows", "share", "programs", "channels", "width", "shifted"])
 def _merge_kernel(
     means,
     spreads,
     weight,
     bias,
+    shift,
     scales,
     offsets,
     rows,
@@ -151,27 +155,30 @@ def _merge_kernel(
     channels,
     eps,
     width,
+    shifted,
     WIDTH_BLOCK: tl.constexpr,
     PROGRAMS_BLOCK: tl.constexpr,
 ):
-    """The moments of a group from those of its channels and programs, then the norm as scale and offset."""
+    """The moments of a group from those of its channels and programs, then the norm as scale and offset; of the numbers
+    with a shift of each channel added, if they are shifted."""
     group, item = tl.program_id(0), tl.program_id(1)
     program = tl.arange(0, PROGRAMS_BLOCK)
     column = tl.arange(0, WIDTH_BLOCK)
     mask = (program < programs)[:, None] & (column < width)[None, :]
     at = (item * programs + program)[:, None] * channels + group * width + column[None, :]
     sizes = tl.minimum(rows - program * share, share).to(tl.float32)[:, None]
-    values = tl.load(means + at, mask=mask, other=0.0)
+    channel = group * width + column
+    inside = column < width
+    moved = tl.load(shift + channel, mask=inside & (shifted != 0), other=0.0).to(tl.float32)
+    values = tl.load(means + at, mask=mask, other=0.0) + moved[None, :]
     total = rows.to(tl.float32) * width
     mean = tl.sum(tl.sum(tl.where(mask, values * sizes, 0.0), 1), 0) / total
     gap = values - mean
     inner = tl.load(spreads + at, mask=mask, other=0.0)
     spread = tl.sum(tl.sum(tl.where(mask, inner + gap * gap * sizes, 0.0), 1), 0)
     rstd = 1.0 / tl.sqrt(spread / total + eps)
-    channel = group * width + column
-    inside = column < width
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * rstd
-    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
+    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) + (moved - mean) * scale
     tl.store(scales + item * channels + channel, scale, mask=inside)
     tl.store(offsets + item * channels + channel, offset, mask=inside)
 
