@@ -26,6 +26,7 @@ from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.rehearsal import device_of, rehearsing
 from fastvideo_vae_core.sharding import Ranks, Sharding, run_sharded
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
 
@@ -313,7 +314,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 weight = module.weight
-                last = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+                last = device_of(weight).type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
                 order = (0, *range(2, weight.ndim), 1) if last else range(weight.ndim)
                 inverse = (0, weight.ndim - 1, *range(1, weight.ndim - 1)) if last else range(weight.ndim)
                 weight.data = weight.data.permute(*order).contiguous().permute(*inverse)
@@ -509,13 +510,16 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         )
 
     def _predict(self, plan: Plan) -> int:
-        shadow = self._shadow(plan.direction).to(plan.dtype)
+        with rehearsing(plan.device):
+            shadow = self._shadow(plan.direction).to(plan.dtype)
         weights = sum(each.numel() * each.element_size() for each in self._half_parameters(plan.direction))
         if plan.dtype != self._half_dtype(plan.direction):
             weights += sum(each.numel() * each.element_size() for each in shadow.parameters())
         if plan.sharding is not None and plan.sharding.destination is not None:
             weights += math.prod(plan.output_shape) * self._half_dtype(plan.direction).itemsize
-        return weights + predicted_peak(lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype)
+        return weights + predicted_peak(
+            lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype, plan.device, shadow.parameters()
+        )
 
     def _shadow(self, direction: Direction) -> Self:
         """One half of this model without its weights, on the meta device."""

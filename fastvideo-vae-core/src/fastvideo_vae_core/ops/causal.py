@@ -274,10 +274,9 @@ class Convolved(NamedTuple):
         rows = rows_of(self.value)
         if self.bias is None or not rows.is_contiguous():
             return self.settled().add_(other)
-        if not self.value.is_meta:
-            from fastvideo_vae_core.ops.kernels.rms_norm import add_
+        from fastvideo_vae_core.ops.kernels.rms_norm import add_
 
-            add_(rows, self.bias, rows_of(other))
+        add_(rows, self.bias, rows_of(other))
         return self.value
 
     def plus_late(self, other: Tensor, layer: nn.Module, cache: Cache) -> Tensor:
@@ -317,7 +316,7 @@ def norm_silu_conv(
     fuses = cache.fuses(value, conv)
     if not fuses:
         window.write(norm.silu(rows_of(value), modulation))
-    elif not value.is_meta and value.shape[2]:
+    elif value.shape[2]:
         from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
 
         norm_silu_into(

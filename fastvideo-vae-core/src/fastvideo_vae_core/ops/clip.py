@@ -86,9 +86,6 @@ class Clip:
     def _moments_of(self, piece: Tensor, groups: int, fuses: bool) -> Moments:
         if not fuses:
             return Moments.of(piece if self.bias is None else piece + self.bias.view(-1, 1, 1, 1), groups)
-        if piece.is_meta:
-            mean, spread = piece.new_empty(2, piece.shape[0], groups, dtype=torch.float64)
-            return Moments(piece[0].numel() // groups, mean, spread)
         # Imported here because Triton takes a second to import and only GPUs need it.
         from fastvideo_vae_core.ops.kernels.group_norm import moments
 
@@ -160,10 +157,6 @@ class CausalConv(nn.Module):
         else:
             weight = conv.weight.transpose(1, 2).flatten(1, 2)
             made = F.conv2d(stack(data), weight, bias, conv.stride[1:])
-        if made.is_meta:
-            # Without numbers a convolution makes plain results of channels-last weights too.
-            frames = data.shape[1] if self.slots > 1 else made.shape[2]
-            return made.view(len(data), frames, *made.shape[-2:], -1).movedim(-1, 1)
         made = made if self.slots == 1 else unstack(made, data)
         return made.contiguous(memory_format=torch.channels_last_3d)
 
@@ -263,8 +256,6 @@ class _FoldedConv:
         """The frames that a window, with its borders, is enough for; in front of the first one there is another."""
         bias = None if bias is None else bias.repeat(math.prod(self.repeats))
         made = F.conv3d(data.movedim(-1, 1), self.weight, bias)
-        if made.is_meta:
-            made = made.view(len(data), *made.shape[2:], -1).movedim(-1, 1)
         sides = rows_of(made).unflatten(-1, (*self.repeats, -1))
         frames, height, width = made.shape[2], *(size - 2 * self.border for size in data.shape[2:4])
         time, vertical, horizontal = self.repeats
@@ -367,11 +358,10 @@ class _Passing:
             window.remember(held)
         if self._affine is None:
             self._affine = self.reading.affine()
-        if not part.is_meta:
-            from fastvideo_vae_core.ops.kernels.clip import fill
+        from fastvideo_vae_core.ops.kernels.clip import fill
 
-            rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
-            fill(window, rows, self._affine, lead=lead, border=conv.border)
+        rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
+        fill(window, rows, self._affine, lead=lead, border=conv.border)
         return window
 
 

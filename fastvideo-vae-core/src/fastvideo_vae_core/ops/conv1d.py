@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.rehearsal import device_of
+
 
 class Sum(NamedTuple):
     """A sum that the next operation takes, so that adding up costs no pass over memory of its own.
@@ -41,7 +43,7 @@ def arrange(x: Tensor) -> Tensor:
 def conv1d(x: Tensor, conv: nn.Conv1d) -> Sum:
     """The convolution of x (B, C, S), which `arrange` or another convolution has laid out."""
     stride, padding, dilation = _numbers(conv)
-    if x.device.type == "cpu":
+    if device_of(x).type == "cpu":
         return Sum(F.conv1d(x, conv.weight, conv.bias, stride, padding, dilation))
     # cuDNN would add the bias in a pass of its own, which the next operation saves.
     if not _channels_last(x):
@@ -55,7 +57,7 @@ def conv1d(x: Tensor, conv: nn.Conv1d) -> Sum:
 def upsample1d(x: Tensor, conv: nn.ConvTranspose1d) -> Sum:
     """The transposed convolution, with a kernel of two strides, of x (B, C, S): (B, C', (S + 1) stride - 2 padding)."""
     stride, padding, _ = _numbers(conv)
-    if x.device.type == "cpu":
+    if device_of(x).type == "cpu":
         return Sum(F.conv_transpose1d(x, conv.weight, conv.bias, stride, padding))
     if not _channels_last(x):
         return Sum(F.conv_transpose1d(x, conv.weight, None, stride, padding), bias=conv.bias)
@@ -106,7 +108,7 @@ def _numbers(conv: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int, int, int]:
 
 
 def _channels_last(x: Tensor) -> bool:
-    return _is_channels_last(x.device, x.dtype)
+    return _is_channels_last(device_of(x), x.dtype)
 
 
 def _is_channels_last(device: torch.device, dtype: torch.dtype) -> bool:

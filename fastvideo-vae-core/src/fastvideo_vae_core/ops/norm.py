@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.rehearsal import device_of
+
 
 class Moments(NamedTuple):
     """First two moments of a set of numbers: how many, their mean (B, G), and the sum of squared distances from it.
@@ -86,7 +88,9 @@ def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
 
 def _on_gpu(x: Tensor) -> bool:
     """Whether the Triton kernels can take this: channels innermost, on a GPU, at most float32."""
-    return x.is_cuda and _TRITON and x.dtype != torch.float64 and x.ndim in _CHANNELS_LAST and x.stride(1) == 1
+    if device_of(x).type != "cuda" or not _TRITON or x.dtype == torch.float64:
+        return False
+    return x.ndim in _CHANNELS_LAST and x.stride(1) == 1
 
 
 def _fuses(x: Tensor, norm: nn.GroupNorm) -> bool:

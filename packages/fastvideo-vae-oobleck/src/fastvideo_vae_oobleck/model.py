@@ -23,6 +23,7 @@ from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, formulation, nee
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import Snake, snake_pointwise
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.rehearsal import device_of
 from fastvideo_vae_core.tiling import Axis, Step, run_steps, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_oobleck.config import OobleckArchConfig
@@ -249,7 +250,7 @@ class Half(nn.Module):
         # The pieces of a stage whose stride is 1 have no law that an Axis can say, and gradients need no pieces.
         trained = torch.is_grad_enabled() and (x.requires_grad or self.conv1.weight.requires_grad)
         return (
-            x.device.type == "cpu"
+            device_of(x).type == "cpu"
             and not trained
             and all(block.axis.up > 1 or block.axis.down > 1 for block in self.block)
         )

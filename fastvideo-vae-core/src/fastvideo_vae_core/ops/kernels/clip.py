@@ -29,26 +29,27 @@ def fill(window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, 
     columns = int(triton.next_power_of_2(channels))
     block = max(_TILE // columns, 1)
     scale, offset = (rows, rows) if affine is None else affine
-    _fill_kernel[(triton.cdiv(positions, block), batch * (lead + frames))](
-        rows,
-        scale,
-        offset,
-        out,
-        frames,
-        height,
-        width,
-        out.shape[1],
-        window.shift,
-        positions,
-        C=channels,
-        SLOTS=window.taps,
-        LEAD=lead,
-        BORDER=border,
-        AFFINE=affine is not None,
-        BLOCK=block,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    if not out.is_meta:
+        _fill_kernel[(triton.cdiv(positions, block), batch * (lead + frames))](
+            rows,
+            scale,
+            offset,
+            out,
+            frames,
+            height,
+            width,
+            out.shape[1],
+            window.shift,
+            positions,
+            C=channels,
+            SLOTS=window.taps,
+            LEAD=lead,
+            BORDER=border,
+            AFFINE=affine is not None,
+            BLOCK=block,
+            COLUMNS=columns,
+            num_warps=4,
+        )
 
 
 @triton.jit

@@ -35,7 +35,8 @@ def apply_affine(x: Tensor, scale_BC: Tensor, offset_BC: Tensor, silu: bool) -> 
     block = _block(channels)
     tile = max(_TILE // block, 1)
     grid = (triton.cdiv(rows, tile), batch)
-    _affine_silu_kernel[grid](x, y, scale_BC, offset_BC, rows, channels, tile, block, silu, num_warps=8)
+    if not x.is_meta:
+        _affine_silu_kernel[grid](x, y, scale_BC, offset_BC, rows, channels, tile, block, silu, num_warps=8)
     return y
 
 
@@ -67,9 +68,10 @@ def _partial_moments(rows_BNC: Tensor) -> tuple[Tensor, int]:
     share = triton.cdiv(triton.cdiv(rows, min(_PROGRAMS, triton.cdiv(rows, tile))), tile) * tile
     programs = triton.cdiv(rows, share)
     partial = torch.empty((2, batch, programs, channels), dtype=torch.float32, device=rows_BNC.device)
-    _moments_kernel[(programs, batch)](
-        rows_BNC, partial[0], partial[1], rows, share, channels, tile, block, num_warps=8
-    )
+    if not rows_BNC.is_meta:
+        _moments_kernel[(programs, batch)](
+            rows_BNC, partial[0], partial[1], rows, share, channels, tile, block, num_warps=8
+        )
     return partial, share
 
 
@@ -80,23 +82,24 @@ def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     programs = partial.shape[2]
     affine = torch.empty((2, batch, channels), dtype=torch.float32, device=rows_BNC.device)
     width = channels // norm.num_groups
-    _merge_kernel[(norm.num_groups, batch)](
-        partial[0],
-        partial[1],
-        norm.weight,
-        norm.bias,
-        affine[0],
-        affine[1],
-        rows,
-        share,
-        programs,
-        channels,
-        norm.eps,
-        width,
-        triton.next_power_of_2(width),
-        triton.next_power_of_2(programs),
-        num_warps=8,
-    )
+    if not rows_BNC.is_meta:
+        _merge_kernel[(norm.num_groups, batch)](
+            partial[0],
+            partial[1],
+            norm.weight,
+            norm.bias,
+            affine[0],
+            affine[1],
+            rows,
+            share,
+            programs,
+            channels,
+            norm.eps,
+            width,
+            triton.next_power_of_2(width),
+            triton.next_power_of_2(programs),
+            num_warps=8,
+        )
     return affine[0], affine[1]
 
 

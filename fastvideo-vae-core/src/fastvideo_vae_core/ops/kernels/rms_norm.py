@@ -40,42 +40,43 @@ def norm_silu_into(
     block = max(_TILE // columns, 1)
     # Where there is nothing to read, any tensor stands in.
     scale, shifts = (each.contiguous() for each in modulation) if modulation is not None else (out, out)
-    _norm_silu_kernel[(triton.cdiv(positions, block), batch * frames)](
-        rows.contiguous(),
-        out if bias is None else bias,
-        out if gamma is None else gamma,
-        scale,
-        shifts,
-        out,
-        positions,
-        frames,
-        out.shape[1],
-        shift,
-        width,
-        out.shape[3],
-        out.shape[2] * out.shape[3],
-        inset[0] * out.shape[3] + inset[1],
-        channels**0.5,
-        C=channels,
-        TAPS=taps,
-        FLOOR=EPS,
-        EPS=0.0 if eps is None else eps,
-        PIXEL=eps is not None,
-        HAS_BIAS=bias is not None,
-        HAS_GAMMA=gamma is not None,
-        MODULATED=modulation is not None,
-        BLOCK=block,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    rows = rows.contiguous()
+    if not out.is_meta:
+        _norm_silu_kernel[(triton.cdiv(positions, block), batch * frames)](
+            rows,
+            out if bias is None else bias,
+            out if gamma is None else gamma,
+            scale,
+            shifts,
+            out,
+            positions,
+            frames,
+            out.shape[1],
+            shift,
+            width,
+            out.shape[3],
+            out.shape[2] * out.shape[3],
+            inset[0] * out.shape[3] + inset[1],
+            channels**0.5,
+            C=channels,
+            TAPS=taps,
+            FLOOR=EPS,
+            EPS=0.0 if eps is None else eps,
+            PIXEL=eps is not None,
+            HAS_BIAS=bias is not None,
+            HAS_GAMMA=gamma is not None,
+            MODULATED=modulation is not None,
+            BLOCK=block,
+            COLUMNS=columns,
+            num_warps=4,
+        )
 
 
 def add_(rows: Tensor, bias: Tensor, other: Tensor) -> None:
     """rows + bias + other, in the place of dense rows (..., C)."""
-    total, block = rows.numel(), 2048
-    _add_kernel[(triton.cdiv(total, block),)](
-        rows, bias, other.contiguous(), total, C=rows.shape[-1], BLOCK=block, num_warps=4
-    )
+    total, block, other = rows.numel(), 2048, other.contiguous()
+    if not rows.is_meta:
+        _add_kernel[(triton.cdiv(total, block),)](rows, bias, other, total, C=rows.shape[-1], BLOCK=block, num_warps=4)
 
 
 @triton.jit

@@ -33,29 +33,30 @@ def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tenso
     block = min(triton.next_power_of_2(columns), 128 if last else 1024)
     tile = max(_TILE // block, 1)
     grid = (triton.cdiv(rows, tile), triton.cdiv(columns, block), batch)
-    _snake_kernel[grid](
-        main,
-        branch if branch is not None else main,
-        x.bias if x.bias is not None else alpha,
-        alpha,
-        beta,
-        total,
-        out,
-        rows,
-        columns,
-        main.stride(0),
-        main.stride(1),
-        branch.stride(0) if branch is not None else 0,
-        branch.stride(1) if branch is not None else 0,
-        branch is not None,
-        x.bias is not None,
-        keep,
-        last,
-        main.dtype == torch.float32,
-        tile,
-        block,
-        num_warps=_WARPS,
-    )
+    if not out.is_meta:
+        _snake_kernel[grid](
+            main,
+            branch if branch is not None else main,
+            x.bias if x.bias is not None else alpha,
+            alpha,
+            beta,
+            total,
+            out,
+            rows,
+            columns,
+            main.stride(0),
+            main.stride(1),
+            branch.stride(0) if branch is not None else 0,
+            branch.stride(1) if branch is not None else 0,
+            branch is not None,
+            x.bias is not None,
+            keep,
+            last,
+            main.dtype == torch.float32,
+            tile,
+            block,
+            num_warps=_WARPS,
+        )
     made = [each.transpose(1, 2) if last else each for each in (total, out)]
     return made[0] if keep else None, made[1]
 
@@ -68,23 +69,24 @@ def snake_pointwise(x: Sum, alpha: Tensor, beta: Tensor, conv: nn.Conv1d, skip: 
     tile, step = _POINTWISE[channels]
     assert rows.is_contiguous()
     assert skipped.is_contiguous()
-    _pointwise_kernel[(triton.cdiv(count, tile),)](
-        rows,
-        skipped,
-        conv.weight,
-        x.bias if x.bias is not None else alpha,
-        alpha,
-        beta,
-        conv.bias if conv.bias is not None else alpha,
-        out,
-        count,
-        x.bias is not None,
-        conv.bias is not None,
-        channels,
-        tile,
-        step,
-        num_warps=8,
-    )
+    if not out.is_meta:
+        _pointwise_kernel[(triton.cdiv(count, tile),)](
+            rows,
+            skipped,
+            conv.weight,
+            x.bias if x.bias is not None else alpha,
+            alpha,
+            beta,
+            conv.bias if conv.bias is not None else alpha,
+            out,
+            count,
+            x.bias is not None,
+            conv.bias is not None,
+            channels,
+            tile,
+            step,
+            num_warps=8,
+        )
     return out.transpose(1, 2)
 
 
