@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastvideo_vae_core.budget import choose
 from fastvideo_vae_core.checkpoint import fingerprint
 from fastvideo_vae_core.config import VAEConfig
-from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
+from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.latents import Provenance
-from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
+from fastvideo_vae_core.memory import Forecast, excerpt, forecast, parse_bytes, standing_for
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
@@ -34,6 +35,7 @@ Posterior = TypeVar("Posterior")
 
 # Tiles that a memory budget may choose from, in elements of the grid that is being computed.
 _TILES = (2048, 1024, 512, 256, 128, 64)
+_SLABS = (*_TILES, 32, 16)
 
 
 class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
@@ -370,9 +372,12 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         dtype = x.dtype
         model = self if plan.dtype == dtype else self._twin(plan.direction, plan.dtype)
         result: Tensor | None = None
-        for start in range(0, len(x), plan.items):
+        for start, times in excerpt(range(0, len(x), plan.items), lambda start: min(plan.items, len(x) - start)):
+            if not times:
+                continue
             part = x[start : start + plan.items].to(plan.dtype)
-            made = model._execute(plan, part).to(dtype).contiguous()
+            with standing_for(times):
+                made = model._execute(plan, part).to(dtype).contiguous()
             if plan.items >= len(x):
                 return made
             if result is None:
@@ -392,7 +397,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         if plan.sharding is not None:
             return run_sharded(steps, x, plan.tile, plan.sharding)
         assert plan.tile is not None
-        return run_steps(steps, x, plan.tile)
+        return run_steps(steps, x, plan.tile, plan.places, plan.host_shares)
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Finished pieces along the axis that streams: for images the batch, one item at a time."""
@@ -477,6 +482,13 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         axes = min(2, len(shape) - 2)
         return [_tile((length,) * axes, shape, output) for length in _TILES if length < largest]
 
+    def _budget_slabs(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
+        """Tiles that are cut along their height only, the largest first; none where there is no height."""
+        if len(shape) < 4:
+            return []
+        height, width = (max(shape[axis], output[axis]) for axis in (-2, -1))
+        return [_tile((rows, width), shape, output) for rows in _SLABS if rows < height]
+
     def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
         """Type to compute in, whether to retry in float32, and why."""
         if stored != torch.float16:
@@ -494,22 +506,11 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         return stored, policy == "retry", ("float32 again if float16 overflows",) if policy == "retry" else ()
 
     def _within(self, plan: Plan, budget: int) -> Plan:
-        """The first of ever smaller plans that is predicted to fit."""
-        tiles = self._budget_tiles(plan.direction, plan.input_shape, plan.output_shape)
-        candidates = [plan, replace(plan, items=1)]
-        candidates += [replace(plan, items=1, chunk=chunk) for chunk in _halves(plan.chunk)]
-        smallest = candidates[-1]
-        candidates += [replace(smallest, mode="tiled", tile=tile) for tile in tiles]
-        for candidate in candidates:
-            if candidate.peak_bytes <= budget:
-                return replace(candidate, notes=(*candidate.notes, f"chosen for a budget of {format_bytes(budget)}"))
-        least = min(candidate.peak_bytes for candidate in candidates)
-        raise MemoryBudgetError(
-            f"{plan.direction} of {plan.input_shape} needs {format_bytes(least)} or more, the budget is"
-            f" {format_bytes(budget)}; raise it, or take a smaller input or a 16-bit dtype"
-        )
+        """The fastest plan that is predicted to fit."""
+        shapes = plan.direction, plan.input_shape, plan.output_shape
+        return choose(plan, budget, self._budget_tiles(*shapes), self._budget_slabs(*shapes))
 
-    def _predict(self, plan: Plan) -> int:
+    def _predict(self, plan: Plan) -> Forecast:
         with rehearsing(plan.device):
             shadow = self._shadow(plan.direction).to(plan.dtype)
         weights = sum(each.numel() * each.element_size() for each in self._half_parameters(plan.direction))
@@ -517,9 +518,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             weights += sum(each.numel() * each.element_size() for each in shadow.parameters())
         if plan.sharding is not None and plan.sharding.destination is not None:
             weights += math.prod(plan.output_shape) * self._half_dtype(plan.direction).itemsize
-        return weights + predicted_peak(
+        made = forecast(
             lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype, plan.device, shadow.parameters()
         )
+        return made + weights
 
     def _shadow(self, direction: Direction) -> Self:
         """One half of this model without its weights, on the meta device."""
@@ -574,10 +576,6 @@ def _shared_facts(plan: Plan) -> tuple[object, ...]:
     assert plan.sharding is not None
     call = (plan.direction, plan.input_shape, plan.items, plan.dtype, plan.retry)
     return (*call, plan.sharding.world, plan.sharding.axis, plan.sharding.destination)
-
-
-def _halves(chunk: int | None) -> list[int]:
-    return [] if chunk is None else [chunk >> shift for shift in range(1, chunk.bit_length())]
 
 
 def _round_up(size: int, axis: Axis) -> int:

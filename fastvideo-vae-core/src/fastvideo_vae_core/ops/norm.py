@@ -43,6 +43,8 @@ class Moments(NamedTuple):
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets together (Chan, Golub and LeVeque 1979)."""
         size = self.size + other.size
+        if self.mean.is_meta:
+            return Moments(size, self.mean, self.spread)
         gap = other.mean - self.mean
         mean = self.mean + gap * (other.size / size)
         spread = self.spread + other.spread + gap.square() * (self.size * other.size / size)
@@ -80,6 +82,9 @@ def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
     """The norm by given moments as y = x * scale + offset, float64 (B, C) each."""
+    if moments.mean.is_meta:
+        scale, offset = moments.mean.new_empty(2, len(moments.mean), norm.num_channels)
+        return scale, offset
     rstd = (moments.spread / moments.size + norm.eps).rsqrt()
     channels = norm.num_channels // norm.num_groups
     scale = rstd.repeat_interleave(channels, dim=1) * norm.weight.double()

@@ -163,6 +163,9 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         numbers = None
         if plan.chunk is not None and plan.chunk < latents:
             numbers = self._numbers(plan.direction, plan.input_shape, plan.chunk)
+        if plan.tile is not None and plan.device.type != "cpu":
+            # Tiles are there to save memory.
+            numbers = min(numbers or _TILE_BYTES, _TILE_BYTES // plan.dtype.itemsize)
         run = Run(plan.device, numbers)
         if plan.in_steps:
             steps = self.encode_steps(run) if plan.direction == "encode" else self.decode_steps(run)
@@ -206,3 +209,5 @@ def _arch(config: VAEConfig) -> HunyuanVideoArchConfig:
 
 # Bytes of what a convolution takes at a time: larger pieces gain nothing in speed.
 _PIECE_BYTES = 1 << 30
+# The same in a tile, where it is enough to keep a GPU busy.
+_TILE_BYTES = 1 << 27

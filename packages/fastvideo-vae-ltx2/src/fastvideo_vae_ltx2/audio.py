@@ -7,9 +7,7 @@ Source: Lightricks/LTX-2 `ltx_core/model/audio_vae/audio_vae.py`. Names are the 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.modules import Modules
-from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.tiling import Axis, Step, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2.config import LTX2AudioArchConfig
@@ -28,8 +26,6 @@ from fastvideo_vae_ltx2.mel import log_mel
 EPS = 1e-6
 # Latents of a piece of a stream: 20 s, of which 7 % are computed twice.
 _PIECE = 512
-# So many pieces are computed to predict the memory of any number.
-_ALIKE = 3
 
 
 class AutoencoderKLLTX2Audio(ParallelTiledVAE[DiagonalGaussianDistribution]):
@@ -180,20 +176,6 @@ class AutoencoderKLLTX2Audio(ParallelTiledVAE[DiagonalGaussianDistribution]):
         lengths = ((_PIECE >> halvings) * self.arch.ratio for halvings in range(_PIECE.bit_length()))
         longest = max(shape[2], output[2])
         return [(length, self.arch.mel_bins) for length in lengths if length < longest]
-
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
-        frames = plan.input_shape[2] if plan.direction == "encode" else plan.output_shape[2]
-        if plan.tile is None or -(-frames // plan.tile[0]) <= _ALIKE:
-            return super()._predict(plan)
-        latents = _ALIKE * -(-plan.tile[0] // self.arch.ratio)
-        short_z = (plan.input_shape[0], self.channels[1], latents, self.arch.mel_bins // self.arch.ratio)
-        shapes = short_z, self.decoded_shape(short_z)
-        less = replace(
-            plan, input_shape=shapes[plan.direction == "encode"], output_shape=shapes[plan.direction == "decode"]
-        )
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
-        return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
 
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, self.arch.latent_channels, 1, -1)

@@ -7,7 +7,6 @@ Source: Lightricks/LTX-2 `ltx_core/model/video_vae`.
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from fastvideo_vae_core.tiling import Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
-from fastvideo_vae_ltx2.network import STRIDES, Decoder, DownLevel, Encoder, UpLevel
+from fastvideo_vae_ltx2.network import Decoder, DownLevel, Encoder, UpLevel
 from fastvideo_vae_ltx2.streaming import Stage
 
 # The official settings of a decoder that takes a timestep.
@@ -387,34 +386,6 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
         return formulation(self.encoder if direction == "encode" else self.decoder, self.device, dtype)
 
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike once the first are through, so a short video tells the peak; the ends come on top."""
-        latents = _HELD_BACK + 3 * (plan.chunk or 1)
-        z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
-        if z_shape[2] <= latents or plan.sharding is not None:
-            return super()._predict(plan)
-        short_z = (*z_shape[:2], latents, *z_shape[3:])
-        shapes = (self.decoded_shape(short_z), short_z)
-        inputs, outputs = shapes if plan.direction == "encode" else shapes[::-1]
-        short = replace(plan, input_shape=inputs, output_shape=outputs)
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, short)]
-        more = numbers[0] - numbers[1]
-        if plan.tile is not None:
-            # The grids between the levels are as long as the video, and so is the result of a tile.
-            grids = sorted(self._grids(plan.direction, (1, 1, 1, *z_shape[3:])))
-            more = 2 * more + plan.items * sum(grids[-2:]) * (z_shape[2] - latents)
-        return super()._predict(short) + more * plan.dtype.itemsize
-
-    def _grids(self, direction: Direction, z_shape: Sequence[int]) -> Iterator[int]:
-        """Numbers of the grids between the levels, for each latent frame."""
-        arch = self.arch
-        widths = arch.block_out_channels[::-1] if direction == "encode" else arch.decoder_widths[:-1]
-        kinds = arch.downsample_type[::-1] if direction == "encode" else arch.upsample_type
-        positions = math.prod(z_shape[2:])
-        for width, kind in zip(widths, kinds, strict=True):
-            yield width * positions
-            positions *= math.prod(STRIDES[kind])
-
     def _default_chunk(self, direction: Direction, shape: Sequence[int]) -> int:
         """Latent frames of a piece, so that the widest feature map of a piece has about a gigabyte."""
         arch, (time, space) = self.arch, self.arch.ratios
@@ -468,7 +439,5 @@ def _arch(config: VAEConfig) -> LTX2VideoArchConfig:
 
 # Bytes of the widest feature map of a piece.
 _PIECE_BYTES = 1 << 30
-# Latents that the published decoders hold back, which come at the end.
-_HELD_BACK = 24
 # As many frames as there are.
 _ANY = 1 << 62

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.memory import parse_bytes
+from fastvideo_vae_core.memory import Forecast, parse_bytes
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -144,7 +144,7 @@ class WaveformEncoder(_OverWaveforms):
             input_shape=shape,
             output_shape=output,
             tile=None if inner.tile is None else (inner.tile[0] * self.hop,),
-            _predict=lambda _: inner.peak_bytes + own,
+            _predict=lambda plan: (inner.whole if plan.tile is None else inner).forecast + own,
         )
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
@@ -249,7 +249,10 @@ class WaveformDecoder(_OverWaveforms):
             items=min(first.items, second.items),
             tile=(min(tiles),) if tiles else None,
             notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
-            _predict=lambda _: max(first.peak_bytes + weights[1], second.peak_bytes + weights[0]),
+            _predict=lambda plan: Forecast(
+                peak=max(first.peak_bytes + weights[1], second.peak_bytes + weights[0]),
+                work=sum((each.whole if plan.tile is None else each).forecast.work for each in (first, second)),
+            ),
         )
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:

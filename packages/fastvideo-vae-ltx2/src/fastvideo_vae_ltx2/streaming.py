@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.memory import excerpt, standing_for
 from fastvideo_vae_core.ops.causal import Cache
 
 # From a piece (B, C, T, H, W) and what is remembered of those before it to the piece of the result.
@@ -60,10 +61,8 @@ def run(
     Every piece of the result is written once, into its place; what comes in one piece is the result.
     """
     total, done = x_BCTHW.shape[2], 0
-    starts = (0, *range(first, total, piece))
-    pieces = ((x_BCTHW[:, :, start : start + (piece if start else first)], start == starts[-1]) for start in starts)
     result: Tensor | None = None
-    for made in flow(stages, pieces, Cache(device)):
+    for made in flow(stages, _pieces(x_BCTHW, [(0, first), *_spans(first, total, piece)]), Cache(device)):
         if made.shape[2] == frames:
             return made
         if result is None:
@@ -73,6 +72,27 @@ def run(
         done += made.shape[2]
     assert result is not None
     return result
+
+
+def _spans(first: int, total: int, piece: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + piece, total)) for start in range(first, total, piece))
+
+
+def _pieces(x_BCTHW: Tensor, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, bool]]:
+    """The pieces of a video, each with whether it is the last. They are alike once nothing is held back any more."""
+    indexed = list(enumerate(spans))
+    kinds = excerpt(
+        indexed, lambda each: (min(each[0], _HELD_BACK), each[1][1] - each[1][0], each[0] + 1 == len(spans))
+    )
+    for (index, (start, stop)), times in kinds:
+        if not times:
+            continue
+        with standing_for(times):
+            yield x_BCTHW[:, :, start:stop], index + 1 == len(spans)
+
+
+# At most so many pieces are held back before the first result.
+_HELD_BACK = 24
 
 
 def cut(chunks: Iterable[Tensor], *, first: int, piece: int, group: int, surplus: bool) -> Iterator[Tensor]:

@@ -30,8 +30,6 @@ from fastvideo_vae_ltx2.mel import FLOOR
 
 # Frames of a piece where sound is computed in pieces: 10 s.
 _PIECE = 1024
-# So many pieces are computed to predict the memory of any number.
-_ALIKE = 3
 
 
 class LTX2Vocoder(ParallelTiledVAE[None]):
@@ -177,16 +175,6 @@ class LTX2Vocoder(ParallelTiledVAE[None]):
     def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
         lengths = ((_PIECE >> halvings) * self.arch.hop for halvings in range(_PIECE.bit_length()))
         return [(length,) for length in lengths if length < output[2]]
-
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
-        if plan.tile is None or -(-plan.output_shape[2] // plan.tile[0]) <= _ALIKE:
-            return super()._predict(plan)
-        frames = _ALIKE * -(-plan.tile[0] // self.arch.hop)
-        short = (*plan.input_shape[:2], frames)
-        less = replace(plan, input_shape=short, output_shape=self.decoded_shape(short))
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
-        return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces along time, each as soon as everything that it depends on has come; of at most 1024 frames.

@@ -29,9 +29,6 @@ from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_oobleck.config import OobleckArchConfig
 from fastvideo_vae_oobleck.distribution import OobleckDiagonalGaussianDistribution
 
-# So many pieces are computed to predict the memory of any number.
-_ALIKE = 3
-
 # Latents of a piece where audio is computed in pieces: 24 s of Stable Audio, of which 4 % are computed twice.
 _PIECE = 512
 
@@ -159,19 +156,6 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
 
     def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
         return [((_PIECE >> halvings) * self.arch.hop_length,) for halvings in range(_PIECE.bit_length())]
-
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
-        samples = plan.input_shape[2] if plan.direction == "encode" else plan.output_shape[2]
-        if plan.tile is None or -(-samples // plan.tile[0]) <= _ALIKE:
-            return super()._predict(plan)
-        latents = _ALIKE * -(-plan.tile[0] // self.arch.hop_length)
-        short_z = (*plan.input_shape[:1], self.channels[1], latents)
-        shapes = short_z, self.decoded_shape(short_z)
-        short = shapes[plan.direction == "encode"], shapes[plan.direction == "decode"]
-        less = replace(plan, input_shape=short[0], output_shape=short[1])
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
-        return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces along time, each as soon as everything that it depends on has come; of at most 512 latents.

@@ -7,7 +7,6 @@ Source: Wan-Video/Wan2.1 `wan/modules/vae.py`; Wan-Video/Wan2.2 `wan/modules/vae
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -296,25 +295,6 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
 
     def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
         return formulation(self.encoder if direction == "encode" else self.decoder, self.device, dtype)
-
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike from the third on, so a short video tells the peak; inputs and results come on top."""
-        latents = 1 + 2 * (plan.chunk or 1)
-        z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
-        if z_shape[2] <= latents or plan.sharding is not None:
-            return super()._predict(plan)
-        short_z = (*z_shape[:2], latents, *z_shape[3:])
-        shapes = (self.decoded_shape(short_z), short_z)
-        inputs, outputs = shapes if plan.direction == "encode" else shapes[::-1]
-        short = replace(plan, input_shape=inputs, output_shape=outputs)
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, short)]
-        more = numbers[0] - numbers[1]
-        if plan.tile is not None:
-            # The grid between the middle and the levels is as long as the video, and so is the result of a tile.
-            more *= 2
-            width = (self.arch.encoder_widths if plan.direction == "encode" else self.arch.decoder_widths[::-1])[-1]
-            more += plan.items * width * math.prod(z_shape[3:]) * (z_shape[2] - latents)
-        return super()._predict(short) + more * plan.dtype.itemsize
 
     def _default_chunk(self, direction: Direction, shape: Sequence[int]) -> int:
         """Latent frames of a piece, so that the widest feature map of a piece has some hundred megabytes."""

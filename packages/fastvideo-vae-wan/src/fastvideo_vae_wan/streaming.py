@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.memory import excerpt, standing_for
 from fastvideo_vae_core.ops.causal import Cache
 
 # From a piece (B, C, T, H, W) and what is remembered of those before it to the piece of the result.
@@ -34,10 +35,13 @@ def run(
     cache = Cache(device)
     total, done = x_BCTHW.shape[2], 0
     result: Tensor | None = None
-    for start in (0, *range(1, total, piece)):
-        stop = min(start + piece, total) if start else 1
+    spans = [(0, 1), *((start, min(start + piece, total)) for start in range(1, total, piece))]
+    for (start, stop), times in excerpt(spans, lambda span: (span[0] == 0, span[1] - span[0], span[1] == total)):
+        if not times:
+            continue
         cache.last = stop == total
-        made = network(x_BCTHW[:, :, start:stop], cache)
+        with standing_for(times):
+            made = network(x_BCTHW[:, :, start:stop], cache)
         cache.first = False
         if result is None:
             shape = (*made.shape[:2], frames, *made.shape[3:])

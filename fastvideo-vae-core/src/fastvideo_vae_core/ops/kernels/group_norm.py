@@ -43,6 +43,9 @@ def apply_affine(x: Tensor, scale_BC: Tensor, offset_BC: Tensor, silu: bool) -> 
 def moments(x: Tensor, groups: int, bias: Tensor | None = None) -> Moments:
     """Moments of x (B, C, ...), in channels-last layout, with a bias (C) added to it; float64 from the sums of a few
     thousand rows on."""
+    if x.is_meta:
+        mean, spread = x.new_empty(2, x.shape[0], groups, dtype=torch.float64)
+        return Moments(x[0].numel() // groups, mean, spread)
     rows_BNC = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
     partial, share = _partial_moments(rows_BNC)
     means_BPC, spreads_BPC = partial.double()

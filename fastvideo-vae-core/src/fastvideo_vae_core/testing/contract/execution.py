@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
+from fastvideo_vae_core.grids import Place
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.testing.contract.hooks import VAE, Hooks, both_directions, distance, moments
@@ -141,6 +143,18 @@ class ExecutionContract(Hooks):
             x = self.example(vae64, direction, batch=1, grid=grid)
             plan = self.plan(vae64, direction, tuple(x.shape), tile=(3,) * len(grid))
             assert distance(self.run(vae64, direction, x, plan), self.run(vae64, direction, x)) <= self.fp64_bound
+
+    @both_directions
+    @pytest.mark.parametrize("place", ["slabs", "anew"])
+    def test_grids_can_lie_elsewhere(self, vae64: VAE, direction: Direction, place: Place) -> None:
+        """In slabs, of which a part is on the host, or nowhere."""
+        x = self.example(vae64, direction, batch=1)
+        sizes = [axis.output_size(2) for axis in vae64.sample_axes]
+        plan = self.plan(vae64, direction, tuple(x.shape), tile=sizes)
+        steps = len(vae64._steps(direction))
+        placed = replace(plan, places=(place,) * steps, host_shares=(0.4,) * steps)
+        made, tiled = (self.run(vae64, direction, x, each) for each in (placed, plan))
+        assert distance(made, tiled) <= self.fp64_bound
 
     @both_directions
     def test_tiling_can_be_configured(self, vae: VAE, direction: Direction) -> None:
