@@ -66,7 +66,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             (self.direction, f"{_sizes(self.input_shape)} -> {_sizes(self.output_shape)}"),
-            ("mode", ", ".join(self._mode())),
+            ("mode", ", ".join(self.mode_parts())),
             ("batch", f"{self.items} of {self.input_shape[0]} at a time"),
             ("compute", f"{str(self.dtype).removeprefix('torch.')} on {self.device}"),
             *(() if self.sharding is None else (("devices", str(self.sharding)),)),
@@ -75,7 +75,8 @@ class Plan:
         ]
         return "\n".join(f"{name:<8}{value}" for name, value in rows)
 
-    def _mode(self) -> Iterator[str]:
+    def mode_parts(self) -> Iterator[str]:
+        """For people: whole or in parts, and in which."""
         yield self.mode
         if self.tile is not None:
             yield f"tiles of {_sizes(self.tile)}"

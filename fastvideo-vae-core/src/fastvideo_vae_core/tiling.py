@@ -179,8 +179,8 @@ def run_step(
     wanted = tuple(stop - start for start, stop in part.region)
     made: Tensor | None = None
     gathered: Moments | None = None
-    regions = _regions(step.axes, part, tile)
-    for region in _representatives(step.axes, regions, part.sizes) if reads[0].is_meta else regions:
+    cuts = regions(step.axes, part, tile)
+    for region in _representatives(step.axes, cuts, part.sizes) if reads[0].is_meta else cuts:
         piece = _run_region(step, reads, moments, region, part)
         if following is not None:
             own = Moments.of(piece, following.num_groups)
@@ -235,7 +235,8 @@ def _moments(grid: Tensor, norm: nn.GroupNorm, gathered: Moments | None) -> Mome
     return Moments.of(grid, norm.num_groups)
 
 
-def _regions(axes: Sequence[Axis], part: Part, tile: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+def regions(axes: Sequence[Axis], part: Part, tile: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The parts of the output of a step that are made one by one, each as [start, stop) along every axis."""
     cuts = []
     for axis, size, length, (start, stop) in zip(axes, part.sizes, tile, part.region, strict=True):
         made = axis.output_size(size)

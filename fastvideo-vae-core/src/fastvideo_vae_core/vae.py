@@ -6,9 +6,8 @@ Shape legend: B batch, C channels; upper case T, H, W, S the sample grid, lower 
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastvideo_vae_core import execution
+from fastvideo_vae_core.blending import Blend, BlendedTiles
 from fastvideo_vae_core.checkpoint import fingerprint
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
@@ -26,13 +27,16 @@ from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.sharding import Ranks, Sharding, run_sharded
+from fastvideo_vae_core.sharding import Sharding, run_sharded
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
+from fastvideo_vae_core.units import Progress, Units, count_parts
 
 Posterior = TypeVar("Posterior")
 
 # Tiles that a memory budget may choose from, in elements of the grid that is being computed.
 _TILES = (2048, 1024, 512, 256, 128, 64)
+# Predictions that a model remembers.
+_MOST_PEAKS = 256
 
 
 class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
@@ -56,7 +60,9 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.blend: Blend | None = None
         self._provenance: Provenance | None = None
+        self._peaks: dict[tuple[Plan, torch.dtype], int] = {}
 
     # ---------------------------------------------------------------- what a family gives
 
@@ -102,25 +108,37 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     @overload
     def encode(
-        self, x: Tensor, return_dict: Literal[True] = True, *, plan: Plan | None = None
+        self,
+        x: Tensor,
+        return_dict: Literal[True] = True,
+        *,
+        plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> EncoderOutput[Posterior]: ...
 
     @overload
-    def encode(self, x: Tensor, return_dict: Literal[False], *, plan: Plan | None = None) -> tuple[Posterior]: ...
+    def encode(
+        self, x: Tensor, return_dict: Literal[False], *, plan: Plan | None = None, progress: Progress | None = None
+    ) -> tuple[Posterior]: ...
 
     def encode(
-        self, x: Tensor, return_dict: bool = True, *, plan: Plan | None = None
+        self, x: Tensor, return_dict: bool = True, *, plan: Plan | None = None, progress: Progress | None = None
     ) -> EncoderOutput[Posterior] | tuple[Posterior]:
         """Compress samples in [-1, 1] to a distribution over un-normalised latents.
 
         x: samples in `sample_layout`, on the model's device; computed in the encoder's dtype.
-        plan: from `plan_encode`; without one the configuration decides.
+        plan: from `plan_encode`; without one what the configuration asks for, or else, where the device can say how
+            much memory is free, the fastest that is predicted to fit.
+        progress: called between the units of the plan (items, tiles, layers or pieces of frames) with those that are
+            done and how many there are, from (0, total) on; from 0 anew where a call is computed again. What it raises
+            ends the call, and leaves nothing behind.
 
         Raises:
             ShapeError: the architecture cannot take the shape; the message names the nearest legal ones.
             ConfigError: the encoder was not loaded, or the plan is another call's.
+            MemoryBudgetError: nothing is predicted to fit, or memory ran out, and again in a smaller plan.
         """
-        posterior = self.posterior(self._run("encode", x, plan))
+        posterior = self.posterior(self._run("encode", x, plan, progress))
         return EncoderOutput(posterior) if return_dict else (posterior,)
 
     @overload
@@ -131,6 +149,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         generator: torch.Generator | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> DecoderOutput: ...
 
     @overload
@@ -141,6 +160,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         generator: torch.Generator | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> tuple[Tensor]: ...
 
     def decode(
@@ -150,18 +170,20 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         generator: torch.Generator | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode un-normalised latents to samples, nominally in [-1, 1].
 
         z: (B, latent channels, ...) on the model's device; computed in the decoder's dtype.
         generator: for decoders that draw noise; the others are deterministic and leave it alone.
-        plan: from `plan_decode`; without one the configuration decides.
+        plan, progress: as in `encode`; the plan is from `plan_decode`.
 
         Raises:
             ShapeError: z has the wrong number of axes or channels.
             ConfigError: the decoder was not loaded, or the plan is another call's.
+            MemoryBudgetError: as in `encode`.
         """
-        sample = self._run("decode", z, plan)
+        sample = self._run("decode", z, plan, progress)
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def encode_stream(self, x: Tensor | Iterable[Tensor]) -> Iterator[Posterior]:
@@ -188,22 +210,26 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         items: int | None = None,
         chunk: int | None = None,
         mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        blend: Blend | None = None,
     ) -> Plan:
         """Say how `encode` would compute samples of that shape.
 
-        memory_budget: bytes, or a string such as "6GiB"; the plan that recomputes least and is predicted to fit.
+        memory_budget: bytes, or a string such as "6GiB"; the plan that recomputes least and is predicted to fit. "free"
+            is what the device has left, as for calls without a plan; a device that cannot say sets no budget.
         tile: extent of a tile along each axis behind (B, C), instead of the configured one.
         items: items of the batch at a time.
         chunk: latent frames of a piece, for video that streams.
         mesh: the ranks that compute it together: every one makes this plan and then the call, with the same input. The
             first gets the result, the others their slab of it; a `Sharding` says otherwise, and how long to wait.
+        blend: overlapping tiles that are blended, see `enable_blending`.
 
         Raises:
             ShapeError: the architecture cannot take the shape.
-            ConfigError: a chunk for a network that does not stream, or a mesh of several axes.
+            ConfigError: a chunk for a network that does not stream, a mesh of several axes, a blend beside other tiles,
+                a budget or a mesh, or of sizes that do not fit the network.
             MemoryBudgetError: nothing fits; the message says the least that would do.
         """
-        return self._planned("encode", shape, memory_budget, mesh, tile=tile, items=items, chunk=chunk)
+        return self._planned("encode", shape, memory_budget, mesh, blend, tile=tile, items=items, chunk=chunk)
 
     def plan_decode(
         self,
@@ -214,9 +240,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         items: int | None = None,
         chunk: int | None = None,
         mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        blend: Blend | None = None,
     ) -> Plan:
         """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
-        return self._planned("decode", shape, memory_budget, mesh, tile=tile, items=items, chunk=chunk)
+        return self._planned("decode", shape, memory_budget, mesh, blend, tile=tile, items=items, chunk=chunk)
 
     # ---------------------------------------------------------------- sizes
 
@@ -304,6 +331,15 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         """Compute the batch at once from now on."""
         self.config = replace(self.config, use_slicing=False)
 
+    def enable_blending(self, blend: Blend) -> None:
+        """Cut into overlapping tiles and blend them from now on: published numbers, not the network's own."""
+        self.config = replace(self.config, use_tiling=False)
+        self.blend = blend
+
+    def disable_blending(self) -> None:
+        """Compute the network's own numbers from now on."""
+        self.blend = None
+
     # ---------------------------------------------------------------- execution
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -321,57 +357,31 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
                     module.arrange()
         return self
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
-        plan = self._matching(direction, x, plan)
-        if plan.sharding is None:
-            return self._run_plan(plan, x, None)
-        ranks = Ranks(plan.sharding)
-        with ranks.watched():
-            ranks.agree(_shared_facts(plan), x.device)
-            made = self._run_plan(plan, x, ranks)
-            return ranks.assemble(made, plan.output_shape[ranks.axis])
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
+        return execution.run(self, self._matching(direction, x, plan), x, progress)
 
     def _matching(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
         """The plan, which must be for this call, or one made for it."""
         if plan is None:
-            return self._plan(direction, tuple(x.shape))
+            return self._planned(direction, tuple(x.shape), "free")
         if (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
             wanted = f"{plan.direction} of {plan.input_shape}"
             raise ConfigError(f"the plan is for {wanted}, not for {direction} of {tuple(x.shape)}; make a new one")
         return plan
-
-    def _run_plan(self, plan: Plan, x: Tensor, ranks: Ranks | None) -> Tensor:
-        """What this device makes of the input: the result, or its slab of it."""
-        direction = plan.direction
-        dtype = self._half_dtype(direction)
-        x = x.to(dtype)
-        result = self._compute(plan, x)
-        overflow = plan.retry and not bool(result.isfinite().all())
-        if plan.retry and ranks is not None:
-            overflow = ranks.agree_on_any(overflow, x.device)
-        if overflow:
-            if not bool(x.isfinite().all()):
-                raise ShapeError(f"the input of {direction} holds NaN or infinity; nothing can be computed from it")
-            warnings.warn(
-                f"{direction} of {plan.input_shape} overflowed in float16 and was computed again in float32;"
-                " bfloat16 does not overflow, VAEConfig(fp16='upcast') skips the first attempt, 'off' this check",
-                stacklevel=4,
-            )
-            result = self._compute(replace(plan, dtype=torch.float32, retry=False), x)
-        return self._finish(direction, result)
 
     def _finish(self, direction: Direction, y: Tensor) -> Tensor:
         """The last touch on what the network made, such as an official clamp; behind the check for overflow, which a
         clamp would hide."""
         return y
 
-    def _compute(self, plan: Plan, x: Tensor) -> Tensor:
+    def _compute(self, plan: Plan, x: Tensor, units: Units | None = None) -> Tensor:
         dtype = x.dtype
+        units = Units() if units is None else units
         model = self if plan.dtype == dtype else self._twin(plan.direction, plan.dtype)
         result: Tensor | None = None
         for start in range(0, len(x), plan.items):
             part = x[start : start + plan.items].to(plan.dtype)
-            made = model._execute(plan, part).to(dtype).contiguous()
+            made = model._execute(plan, part, units).to(dtype).contiguous()
             if plan.items >= len(x):
                 return made
             if result is None:
@@ -380,18 +390,42 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         assert result is not None
         return result
 
-    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        """Compute some items of a batch in the plan's type, as the plan says."""
+    def _execute(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        """Compute some items of a batch in the plan's type, as the plan says; says `units.begin` and what is done."""
         if plan.in_steps:
-            return self._run_steps(plan, self._steps(plan.direction), x)
-        return self._encode(x) if plan.direction == "encode" else self._decode(x)
+            return self._run_steps(plan, self._steps(plan.direction), x, units)
+        if isinstance(plan.blend, Blend):
+            return self._run_tiles(plan, self._blended_tiles(plan.direction, x.shape, plan.blend), x, units)
+        return self._at_once(plan, x, units)
 
-    def _run_steps(self, plan: Plan, steps: Sequence[Step], x: Tensor) -> Tensor:
+    def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        """Whole grids through the network, in pieces of frames if the plan says so."""
+        units.begin(1)
+        made = self._encode(x) if plan.direction == "encode" else self._decode(x)
+        units.done()
+        return made
+
+    def _run_steps(self, plan: Plan, steps: Sequence[Step], x: Tensor, units: Units) -> Tensor:
         """The network in steps, tile by tile, on this device or together with others."""
+        units.begin(count_parts(steps, x.shape[2:], plan.tile, plan.sharding))
+        steps = [units.counted(step) for step in steps]
         if plan.sharding is not None:
             return run_sharded(steps, x, plan.tile, plan.sharding)
         assert plan.tile is not None
         return run_steps(steps, x, plan.tile)
+
+    def _run_tiles(self, plan: Plan, tiles: BlendedTiles, x: Tensor, units: Units) -> Tensor:
+        """The network on each of the tiles that are blended then."""
+        units.begin(len(tiles.crops))
+        return tiles.join(units.each(self._at_once(plan, x[crop], Units()) for crop in tiles.crops))
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        """How an input of that shape is cut and put together.
+
+        Raises:
+            ConfigError: the family has no blended tiles, or not with such sizes.
+        """
+        raise ConfigError(f"{type(self).__name__} has no blended tiles; leave out the blend ({blend})")
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Finished pieces along the axis that streams: for images the batch, one item at a time."""
@@ -408,17 +442,37 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         shape: Sequence[int],
         memory_budget: int | str | None = None,
         mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        blend: Blend | None = None,
         **options: Any,
     ) -> Plan:
         """A plan for this device or several, with the options of `_plan`."""
-        if mesh is None:
+        blend = self.blend if blend is None else blend
+        if memory_budget == "free":
+            memory_budget = None
+            if mesh is None and blend is None:
+                return self._fastest(self._plan(direction, tuple(shape), **options), options)
+        if mesh is None and blend is None:
             return self._plan(direction, tuple(shape), memory_budget, **options)
         plan = self._plan(direction, tuple(shape), **options)
-        if plan.blend is not None:
-            raise ConfigError("blended tiles are computed on one device; leave out the mesh, or the blend")
+        if blend is not None:
+            if mesh is not None:
+                raise ConfigError("blended tiles are computed on one device; leave out the mesh, or the blend")
+            if memory_budget is not None or plan.tile is not None:
+                raise ConfigError(f"a blend ({blend}) brings its own tiles; leave out tiling and budgets")
+            self._blended_tiles(direction, shape, blend)
+            return replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole"))
         latents = plan.output_shape if direction == "encode" else plan.input_shape
         plan = replace(plan, sharding=Sharding.over(mesh).along(self._steps(direction), latents[2:]))
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
+
+    def _fastest(self, plan: Plan, options: Mapping[str, Any]) -> Plan:
+        """The plan, or a smaller one where it does not fit; what was asked for is not touched."""
+        asked = self.config.use_tiling or self.config.use_slicing or any(each is not None for each in options.values())
+        return plan if asked else execution.fitting(self, plan)
+
+    def _free_bytes(self) -> int | None:
+        """Memory that a call can have; None where the device cannot say."""
+        return execution.free_bytes(self.device)
 
     def _plan(
         self,
@@ -448,7 +502,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             retry=retry,
             chunk=chunk,
             notes=(*notes, *self._formulation(direction, dtype)),
-            _predict=self._predict,
+            _predict=self._peak,
         )
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
@@ -508,6 +562,18 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             f" {format_bytes(budget)}; raise it, or take a smaller input or a 16-bit dtype"
         )
 
+    def _peak(self, plan: Plan) -> int:
+        """`_predict`, which computes a whole call on shapes alone, once for each plan."""
+        key = (replace(plan, notes=()), self._half_dtype(plan.direction))
+        if plan.sharding is not None:
+            return self._predict(plan)
+        if key not in self._peaks:
+            # Not to grow for ever, where shapes are new again and again.
+            if len(self._peaks) >= _MOST_PEAKS:
+                self._peaks.clear()
+            self._peaks[key] = self._predict(plan)
+        return self._peaks[key]
+
     def _predict(self, plan: Plan) -> int:
         shadow = self._shadow(plan.direction).to(plan.dtype)
         weights = sum(each.numel() * each.element_size() for each in self._half_parameters(plan.direction))
@@ -563,13 +629,6 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 def _tile(extent: Sequence[int], shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...]:
     """A tile of that extent along the last axes; those in front of them, such as time, are not cut."""
     return (*map(max, shape[2 : -len(extent)], output[2 : -len(extent)]), *extent)
-
-
-def _shared_facts(plan: Plan) -> tuple[object, ...]:
-    """What must be the same on every rank for their exchanges to fit together."""
-    assert plan.sharding is not None
-    call = (plan.direction, plan.input_shape, plan.items, plan.dtype, plan.retry)
-    return (*call, plan.sharding.world, plan.sharding.axis, plan.sharding.destination)
 
 
 def _halves(chunk: int | None) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastvideo_vae_core as fvae
+from fastvideo_vae_core.blending import Blend
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import assert_close
@@ -136,6 +137,23 @@ class TestDiffusers:
         for value in ("parameters", "mean", "std", "logvar", "var"):
             assert_close(getattr(ours, value), getattr(theirs, value), *OTHER_ORDER)
         assert_close(model.decode(z).sample, twin.decode(z).sample, *OTHER_ORDER)
+
+    @pytest.mark.parametrize("framewise", [False, True])
+    def test_tiles_that_diffusers_blends(self, random_model: Any, diffusers_twin: Any, framewise: bool) -> None:
+        """With smaller tiles than its own, so that there are some."""
+        model = random_model("2.3")
+        twin = diffusers_twin(model)
+        time, space = model.arch.ratios
+        frames = {"frames": 2 * time, "frames_stride": time} if framewise else {}
+        blend = Blend(name="small", pixels=4 * space, pixels_stride=3 * space, **frames)
+        twin.enable_tiling(blend.pixels, blend.pixels, blend.frames, blend.pixels_stride, blend.pixels_stride, time)
+        twin.use_framewise_encoding = twin.use_framewise_decoding = framewise
+        for grid in [(4, 5, 4), (2, 7, 3), (5, 3, 2)]:
+            x, z = inputs(model, grid)
+            model.enable_blending(blend)
+            parameters = model.encode(x).latent_dist.parameters
+            assert_close(parameters, twin.encode(x).latent_dist.parameters, *OTHER_ORDER)
+            assert_close(model.decode(z).sample, twin.decode(z).sample, *OTHER_ORDER)
 
     def test_timesteps(self, random_model: Any, diffusers_twin: Any) -> None:
         """diffusers draws no noise in the decoder, and passes the timesteps in second place."""

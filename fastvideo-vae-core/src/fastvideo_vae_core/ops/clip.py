@@ -33,10 +33,12 @@ class Run:
     Attributes:
         device: where it runs; that of the tensors, but for a rehearsal on the meta device.
         numbers: the most numbers of an item that a convolution reads or makes at a time; None: no bound.
+        passed: called behind each convolution.
     """
 
     device: torch.device
     numbers: int | None = None
+    passed: Callable[[], object] = lambda: None
 
     def fuses(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernels of this device are to be used, rather than the definitions."""
@@ -220,6 +222,7 @@ def convolved(
             # So that it can go before there is its result.
             del part
             yield from window.convolve(conv.conv.bias if bias else None)
+    run.passed()
 
 
 def upsampled(x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int]) -> Iterator[Tensor]:

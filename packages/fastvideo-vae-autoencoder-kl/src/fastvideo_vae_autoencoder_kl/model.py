@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo_vae_autoencoder_kl.config import AutoencoderKLArchConfig
+from fastvideo_vae_core.blending import Blend, BlendedTiles, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
@@ -87,6 +88,11 @@ class AutoencoderKL(ParallelTiledVAE[DiagonalGaussianDistribution]):
 
     def _decode(self, z_BChw: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z_BChw))
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        ratio = self.arch.spatial_compression_ratio
+        blend.check(None, ratio)
+        return blended_tiles(shape, None, blend.cut("pixels", direction, ratio))
 
     def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
         return formulation(self.device, dtype)

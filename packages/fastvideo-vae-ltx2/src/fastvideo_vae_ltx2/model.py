@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastvideo_vae_core.blending import Blend, BlendedTiles, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution, randn_like
 from fastvideo_vae_core.errors import ConfigError, ShapeError
@@ -23,6 +24,7 @@ from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.outputs import DecoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step
+from fastvideo_vae_core.units import Progress, Units
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
@@ -113,6 +115,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         generator: torch.Generator | list[torch.Generator] | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode un-normalised latents to video, nominally in [-1, 1].
 
@@ -120,7 +123,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         temb: timestep of every item (B), or one for all, for decoders that take one; 0.05 by default.
         generator: for decoders that take a timestep: draws the noise that the official decoder mixes in, in normalised
             space. Without one nothing is mixed in, as in diffusers, whose pipelines do it themselves.
-        plan: from `plan_decode`; without one the configuration decides.
+        plan, progress: as in `ParallelTiledVAE.decode`.
 
         Raises:
             ShapeError: z has the wrong number of axes or channels, or there is another number of timesteps.
@@ -129,13 +132,11 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         self._check_layout("decode", z.shape)
         z = self._noisy(z, generator)
         if temb is None:
-            sample = self._run("decode", z, plan)
+            sample = self._run("decode", z, plan, progress)
         else:
-            plan = self._plan("decode", tuple(z.shape)) if plan is None else plan
+            plan = self._matching("decode", z, plan)
             timed = self._with_timestep(z, temb)
-            if plan.input_shape == tuple(z.shape):
-                plan = replace(plan, input_shape=tuple(timed.shape))
-            sample = self._run("decode", timed, plan)
+            sample = self._run("decode", timed, replace(plan, input_shape=tuple(timed.shape)), progress)
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def decode_stream(self, z: Tensor | Iterable[Tensor], temb: Tensor | float | None = None) -> Iterator[Tensor]:
@@ -171,7 +172,13 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             return z, z.new_full((len(z),), DECODE_TIMESTEP)
         return z[:, :-1], z[:, -1, 0, 0, 0]
 
-    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _encode(
+        self,
+        x_BCTHW: Tensor,
+        chunk: int | None = None,
+        device: torch.device | None = None,
+        units: Units | None = None,
+    ) -> Tensor:
         group = self.arch.ratios[0]
         frames = 1 + (x_BCTHW.shape[2] - 1) // group
         chunk = self._default_chunk("encode", x_BCTHW.shape) if chunk is None else chunk
@@ -184,10 +191,17 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             piece=chunk * group,
             frames=frames,
             device=device or x_BCTHW.device,
+            units=units,
         )
         return self._spread_variance(made)
 
-    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _decode(
+        self,
+        z_BCthw: Tensor,
+        chunk: int | None = None,
+        device: torch.device | None = None,
+        units: Units | None = None,
+    ) -> Tensor:
         chunk = self._default_chunk("decode", z_BCthw.shape) if chunk is None else chunk
         z, timestep = self._timestep(z_BCthw)
         return streaming.run(
@@ -197,6 +211,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             piece=chunk,
             frames=self.sample_axes[0].output_size(z.shape[2]),
             device=device or z.device,
+            units=units,
         )
 
     def _spread_variance(self, made: Tensor) -> Tensor:
@@ -273,17 +288,27 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             frames *= level.upsamplers[0].stride[0]
         return stages
 
-    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        chunk = plan.chunk or 1
+    def _execute(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
         if plan.direction == "encode":
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if not plan.in_steps:
-                return self._encode(x, chunk, plan.device)
-            return self._run_steps(plan, self.encode_steps(chunk, plan.device), x)
         if not plan.in_steps:
-            return self._decode(x, chunk, plan.device)
+            return super()._execute(plan, x, units)
+        chunk = plan.chunk or 1
+        if plan.direction == "encode":
+            return self._run_steps(plan, self.encode_steps(chunk, plan.device), x, units)
         z, timestep = self._timestep(x)
-        return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z)
+        return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z, units)
+
+    def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        network = self._encode if plan.direction == "encode" else self._decode
+        return network(x, plan.chunk or 1, plan.device, units)
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        time, space = self.arch.ratios
+        blend.check(time, space)
+        frames, pixels = blend.cut("frames", direction, time), blend.cut("pixels", direction, space)
+        # diffusers drops the last frame of decoded tiles, where the first is the one too many.
+        return blended_tiles(shape, frames, pixels, drops="first" if direction == "encode" else "last")
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces as soon as they are final, from chunks of any lengths; only the cache is held between them.

@@ -18,6 +18,7 @@ from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.memory import parse_bytes
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
+from fastvideo_vae_core.units import Progress
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2.audio import AutoencoderKLLTX2Audio
 from fastvideo_vae_ltx2.mel import WINDOW
@@ -147,7 +148,7 @@ class WaveformEncoder(_OverWaveforms):
             _predict=lambda _: inner.peak_bytes + own,
         )
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
         plan = self._matching(direction, x, plan)
         frames, mel_shape = self._whole_frames(plan.tile), self._mel_shape(plan.input_shape)
         tile = None if frames is None else (frames, self.audio.arch.mel_bins)
@@ -155,6 +156,7 @@ class WaveformEncoder(_OverWaveforms):
             direction,
             self._mel(x)[:, :, : mel_shape[2]],
             self.audio._plan(direction, mel_shape, tile=tile, items=plan.items),
+            progress,
         )
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -252,15 +254,15 @@ class WaveformDecoder(_OverWaveforms):
             _predict=lambda _: max(first.peak_bytes + weights[1], second.peak_bytes + weights[0]),
         )
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
         plan = self._matching(direction, x, plan)
         frames = self._whole_frames(plan.tile)
         tiles = (None, None) if frames is None else ((frames, self.audio.arch.mel_bins), (frames * self.hop,))
         mel = self.audio._run(
-            direction, x, self.audio._plan(direction, tuple(x.shape), tile=tiles[0], items=plan.items)
+            direction, x, self.audio._plan(direction, tuple(x.shape), tile=tiles[0], items=plan.items), progress
         )
         mel_plan = self.vocoder._plan(direction, tuple(mel.shape), tile=tiles[1], items=plan.items)
-        return self.vocoder._run(direction, mel, mel_plan)
+        return self.vocoder._run(direction, mel, mel_plan, progress)
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces along time, as soon as everything that they depend on has come."""

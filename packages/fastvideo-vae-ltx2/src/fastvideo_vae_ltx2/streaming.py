@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvideo_vae_core.errors import ShapeError
 from fastvideo_vae_core.ops.causal import Cache
+from fastvideo_vae_core.units import Units
 
 # From a piece (B, C, T, H, W) and what is remembered of those before it to the piece of the result.
 Network = Callable[[Tensor, Cache], Tensor]
@@ -54,18 +55,23 @@ def run(
     frames: int,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
+    units: Units | None = None,
 ) -> Tensor:
     """A whole video, `first` frames and then `piece` frames at a time, to a result of `frames` frames.
 
-    Every piece of the result is written once, into its place; what comes in one piece is the result.
+    Every piece of the result is written once, into its place; what comes in one piece is the result. A unit is a piece
+    of what goes in.
     """
+    units = Units() if units is None else units
     total, done = x_BCTHW.shape[2], 0
     starts = (0, *range(first, total, piece))
     pieces = ((x_BCTHW[:, :, start : start + (piece if start else first)], start == starts[-1]) for start in starts)
     result: Tensor | None = None
-    for made in flow(stages, pieces, Cache(device)):
+    units.begin(len(starts))
+    for made in flow(stages, _counted(pieces, units), Cache(device)):
         if made.shape[2] == frames:
-            return made
+            result = made
+            continue
         if result is None:
             shape = (*made.shape[:2], frames, *made.shape[3:])
             result = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=memory_format)
@@ -73,6 +79,13 @@ def run(
         done += made.shape[2]
     assert result is not None
     return result
+
+
+def _counted(pieces: Iterable[tuple[Tensor, bool]], units: Units) -> Iterator[tuple[Tensor, bool]]:
+    """The pieces; who asks for the next one is done with the one before."""
+    for piece in pieces:
+        yield piece
+        units.done()
 
 
 def cut(chunks: Iterable[Tensor], *, first: int, piece: int, group: int, surplus: bool) -> Iterator[Tensor]:

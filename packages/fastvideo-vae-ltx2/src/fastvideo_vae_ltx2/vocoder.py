@@ -23,6 +23,7 @@ from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import snake
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
+from fastvideo_vae_core.units import Progress
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2.config import Generator as GeneratorConfig
 from fastvideo_vae_ltx2.config import LTX2VocoderArchConfig
@@ -143,9 +144,9 @@ class LTX2Vocoder(ParallelTiledVAE[None]):
         hop, reach = self.arch.hop, self._network[0].needs
         return Axis(up=hop, before=-reach(0, 0)[0], after=reach(hop - 1, hop - 1)[1])
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
         next(self._half_parameters(direction))  # refuses to encode
-        return super()._run(direction, self._flat(x), plan)
+        return super()._run(direction, self._flat(x), plan, progress)
 
     def _plan(
         self,

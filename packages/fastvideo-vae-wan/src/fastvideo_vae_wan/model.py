@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastvideo_vae_core.blending import Blend, BlendedTiles, Cut, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
@@ -23,6 +24,7 @@ from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import WHOLE, Axis, Step
+from fastvideo_vae_core.units import Units
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_wan import streaming
 from fastvideo_vae_wan.config import WanArchConfig
@@ -101,20 +103,39 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         self.decoded_shape(z.shape)
         return self._decode(z.to(self._half_dtype("decode")))
 
-    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _encode(
+        self,
+        x_BCTHW: Tensor,
+        chunk: int | None = None,
+        device: torch.device | None = None,
+        units: Units | None = None,
+    ) -> Tensor:
         group = self.sample_axes[0].up
         frames = 1 + (x_BCTHW.shape[2] - 1) // group
         chunk = self._default_chunk("encode", x_BCTHW.shape) if chunk is None else chunk
         # Surplus frames get here only where the configuration wants the official behaviour, which drops them.
         x_BCTHW = x_BCTHW[:, :, : 1 + (frames - 1) * group]
         return streaming.run(
-            self._encode_piece, x_BCTHW, piece=chunk * group, frames=frames, device=device or x_BCTHW.device
+            self._encode_piece,
+            x_BCTHW,
+            piece=chunk * group,
+            frames=frames,
+            device=device or x_BCTHW.device,
+            units=units,
         )
 
-    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _decode(
+        self,
+        z_BCthw: Tensor,
+        chunk: int | None = None,
+        device: torch.device | None = None,
+        units: Units | None = None,
+    ) -> Tensor:
         frames = self.sample_axes[0].output_size(z_BCthw.shape[2])
         chunk = self._default_chunk("decode", z_BCthw.shape) if chunk is None else chunk
-        return streaming.run(self._decode_piece, z_BCthw, piece=chunk, frames=frames, device=device or z_BCthw.device)
+        return streaming.run(
+            self._decode_piece, z_BCthw, piece=chunk, frames=frames, device=device or z_BCthw.device, units=units
+        )
 
     def _encode_piece(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
         return self.quant_conv(self.encoder(patchify(x_BCTHW, self.arch.patch), cache))
@@ -220,18 +241,33 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             yield Step(name=f"{direction}.{index}", run=run, axes=(time, space, space))
             piece = piece * time.up // time.down
 
-    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        chunk = plan.chunk or 1
+    def _execute(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
         if plan.direction == "encode":
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if not plan.in_steps:
-                return self._encode(x, chunk, plan.device)
-            steps = self.encode_steps if plan.sharding is None else partial(self._slab_steps, "encode")
-            return self._run_steps(plan, steps(chunk, plan.device), x)
         if not plan.in_steps:
-            return self._decode(x, chunk, plan.device)
-        steps = self.decode_steps if plan.sharding is None else partial(self._slab_steps, "decode")
-        return self._run_steps(plan, steps(chunk, plan.device), x)
+            return super()._execute(plan, x, units)
+        steps = self.encode_steps if plan.direction == "encode" else self.decode_steps
+        made = steps if plan.sharding is None else partial(self._slab_steps, plan.direction)
+        return self._run_steps(plan, made(plan.chunk or 1, plan.device), x, units)
+
+    def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        network = self._encode if plan.direction == "encode" else self._decode
+        return network(x, plan.chunk or 1, plan.device, units)
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        space, patch = self.sample_axes[1].up, self.arch.patch
+        blend.check(self.sample_axes[0].up, space)
+        if blend.frames is not None:
+            raise ConfigError(f"Wan's networks stream in time and are not cut there; leave out frames={blend.frames}")
+        cut = blend.cut("pixels", direction, space)
+        if cut is not None and direction == "encode":
+            # diffusers counts in patches here, but compares pixels with the size of a tile.
+            stride, size, fade, keep = (count * patch for count in cut[:4])
+            cut = Cut(stride, size, fade, keep, cut.limit)
+        elif cut is not None:
+            # And here it blends patches.
+            cut = cut._replace(grain=patch)
+        return blended_tiles(shape, None, cut)
 
     def _finish(self, direction: Direction, y: Tensor) -> Tensor:
         return y.clamp_(-1.0, 1.0) if direction == "decode" else y

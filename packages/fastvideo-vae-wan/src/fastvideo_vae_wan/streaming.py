@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastvideo_vae_core.errors import ShapeError
 from fastvideo_vae_core.ops.causal import Cache
+from fastvideo_vae_core.units import Units
 
 # From a piece (B, C, T, H, W) and what is remembered of those before it to the piece of the result.
 Network = Callable[[Tensor, Cache], Tensor]
@@ -26,15 +27,18 @@ def run(
     frames: int,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
+    units: Units | None = None,
 ) -> Tensor:
     """A whole video, `piece` frames at a time behind the first, to a result of `frames` frames.
 
-    Every piece of the result is written once, into its place.
+    Every piece of the result is written once, into its place, and is a unit.
     """
-    cache = Cache(device)
+    cache, units = Cache(device), Units() if units is None else units
     total, done = x_BCTHW.shape[2], 0
     result: Tensor | None = None
-    for start in (0, *range(1, total, piece)):
+    starts = (0, *range(1, total, piece))
+    units.begin(len(starts))
+    for start in starts:
         stop = min(start + piece, total) if start else 1
         cache.last = stop == total
         made = network(x_BCTHW[:, :, start:stop], cache)
@@ -44,6 +48,8 @@ def run(
             result = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=memory_format)
         result[:, :, done : done + made.shape[2]] = made
         done += made.shape[2]
+        del made
+        units.done()
     assert result is not None
     return result
 
