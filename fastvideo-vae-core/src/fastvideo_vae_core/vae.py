@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
 import torch
@@ -62,7 +62,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         self.config = config
         self.blend: Blend | None = None
         self._provenance: Provenance | None = None
-        self._peaks: dict[tuple[Plan, torch.dtype], int] = {}
+        self._peaks: dict[tuple[Hashable, ...], int] = {}
 
     # ---------------------------------------------------------------- what a family gives
 
@@ -564,9 +564,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     def _peak(self, plan: Plan) -> int:
         """`_predict`, which computes a whole call on shapes alone, once for each plan."""
-        key = (replace(plan, notes=()), self._half_dtype(plan.direction))
         if plan.sharding is not None:
             return self._predict(plan)
+        facts = (getattr(plan, each.name) for each in fields(plan) if each.compare and each.name != "notes")
+        key = (*facts, self._half_dtype(plan.direction))
         if key not in self._peaks:
             # Not to grow for ever, where shapes are new again and again.
             if len(self._peaks) >= _MOST_PEAKS:
