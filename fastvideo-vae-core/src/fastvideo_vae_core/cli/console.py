@@ -68,6 +68,22 @@ class Console:
         with tqdm(total=total, desc=what, unit=f" {unit}s", file=sys.stderr) as bar:
             yield lambda done: bar.update(done - bar.n)
 
+    @contextmanager
+    def units(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for one call of a network, where somebody watches; what it gives is the call's `progress`."""
+        if not self._watched:
+            yield lambda done, total: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(desc=what, unit=" unit", file=sys.stderr, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield show
+
     @property
     def _watched(self) -> bool:
         return not (self.json or self.quiet) and sys.stderr.isatty()
@@ -102,6 +118,10 @@ def in_shell_words(message: str) -> str:
 
 
 _SHELL_WORDS = (
+    (r", VAEConfig\(out_of_memory='raise'\) gives the error instead", ""),
+    (r"memory_budget= to its plan", "--memory-budget, or --tile with a smaller tile"),
+    (r"\bmemory_budget=(?=[ ,])", "--memory-budget"),
+    (r"; a plan of your own, as plan_\w+ makes, runs nevertheless", "; --tile runs nevertheless"),
     (r"VAEConfig\((fp16)='(\w+)'\)", r"--\1 \2"),
     (r"\b(family|variant|component|fp16)='(\w+)'", r"--\1 \2"),
     (r", or use pad_to_valid\(\) and crop_to\(\)", ", or leave out --no-pad"),

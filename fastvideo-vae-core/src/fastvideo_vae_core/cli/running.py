@@ -116,9 +116,10 @@ class Encoding:
         self._end()
         padded = x if self._no_pad else vae.pad_to_valid(x)
         self.plan = whole(self._model, "encode", padded.shape)
-        with out_of_memory(self.plan):
-            yield vae.encode(padded, plan=self.plan).latent_dist
+        with self._model.console.units("encode") as progress:
+            posterior = vae.encode(padded, plan=self.plan, progress=progress).latent_dist
             synchronize(vae)
+        yield posterior
 
     def _stream(self, pace: int) -> Iterator[Any]:
         assert self.plan is not None
@@ -204,9 +205,10 @@ class Decoding:
         vae = self._model.vae
         z = torch.cat([piece.to(vae.device) for piece in self._pieces], dim=2)
         self.plan = whole(self._model, "decode", z.shape)
-        with out_of_memory(self.plan):
-            yield vae.decode(z, plan=self.plan).sample
+        with self._model.console.units("decode") as progress:
+            sample = vae.decode(z, plan=self.plan, progress=progress).sample
             synchronize(vae)
+        yield sample
 
     def _stream(self, pace: int) -> Iterator[Tensor]:
         assert self.plan is not None
@@ -258,7 +260,7 @@ def whole(model: Model, direction: Direction, shape: Sequence[int]) -> Plan:
         other = vae.encoded_shape(shape) if direction == "encode" else vae.decoded_shape(shape)
         tile = (max(shape[2], other[2]), *tile)
     make = vae.plan_encode if direction == "encode" else vae.plan_decode
-    plan = make(shape, memory_budget=model.options.memory_budget, tile=tile)
+    plan = make(shape, memory_budget=model.options.memory_budget or "free", tile=tile)
     show(model, plan)
     return plan
 

@@ -37,13 +37,13 @@ class Exhaustion(TorchFunctionMode):
         self._alive._known.update(each.untyped_storage()._cdata for each in known)
 
     def __enter__(self) -> Exhaustion:
-        super().__enter__()
-        self._alive.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._alive.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *reason: Any) -> None:
-        self._alive.__exit__(*reason)
-        super().__exit__(*reason)
+        self._alive.__exit__(*reason)  # type: ignore[no-untyped-call]
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
 
     def progress(self, done: int, total: int) -> None:
         """What the call is given."""

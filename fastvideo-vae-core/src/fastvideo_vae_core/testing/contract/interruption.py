@@ -108,7 +108,7 @@ class InterruptionContract(Hooks):
         with (
             Exhaustion(0, times=2) as exhaustion,
             pytest.warns(UserWarning, match="ran out of memory"),
-            pytest.raises(MemoryBudgetError, match="again with less .* memory_budget") as caught,
+            pytest.raises(MemoryBudgetError, match=r"again with less .* memory_budget") as caught,
         ):
             self.watched(vae, direction, x, plan, exhaustion.progress)
         assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
@@ -117,9 +117,10 @@ class InterruptionContract(Hooks):
     def test_out_of_memory_can_be_left_to_the_caller(self, vae: VAE, direction: Direction) -> None:
         x = self.example(vae, direction)
         vae.config = replace(vae.config, out_of_memory="raise")
-        with warnings.catch_warnings(), Exhaustion(0) as exhaustion, pytest.raises(torch.OutOfMemoryError):
+        with Exhaustion(0) as exhaustion, warnings.catch_warnings():
             warnings.simplefilter("error")
-            self.watched(vae, direction, x, None, exhaustion.progress)
+            with pytest.raises(torch.OutOfMemoryError):
+                self.watched(vae, direction, x, None, exhaustion.progress)
 
     def plans(self, vae: VAE, direction: Direction, x: Tensor) -> Iterator[Plan]:
         """The whole at once, item by item, in tiles and, where there are pieces of frames, in the shortest."""
