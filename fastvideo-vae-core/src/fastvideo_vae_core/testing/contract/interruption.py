@@ -68,6 +68,17 @@ class InterruptionContract(Hooks):
             self.watched(vae, direction, x, plan, lambda *units: told.append(units))  # noqa: B023
             self.check_exhausted(vae, direction, x, plan, smaller, told[0][1] // 2, whole)
 
+    def check_exhausted_everywhere(
+        self, vae: VAE, direction: Direction, grid: tuple[int, ...], **options: object
+    ) -> None:
+        """Memory runs out in each of the first twenty units of a plan with these options."""
+        x = self.example(vae, direction, grid=grid)
+        plan, whole = self.plan(vae, direction, tuple(x.shape), **options), self.run(vae, direction, x)
+        smaller = self.smaller(vae, plan)
+        assert smaller is not None
+        for behind in range(20):
+            self.check_exhausted(vae, direction, x, plan, smaller, behind, whole)
+
     def check_exhausted(
         self,
         vae: VAE,
