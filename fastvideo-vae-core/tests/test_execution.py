@@ -139,11 +139,16 @@ class TestDefaultPlan:
         return vae.taken[-1]
 
     def test_everything_at_once_where_it_fits(self) -> None:
-        vae = self.small(1 << 30)
+        vae = self.small(1 << 28)
         plan = self.took(vae)
-        assert (plan.mode, plan.items) == ("whole", 2)
-        assert "1.00 GiB free on cpu" in str(plan)
+        assert (plan.mode, plan.items, vae.predictions) == ("whole", 2, 1)
+        assert "256.00 MiB free on cpu" in str(plan)
         assert self.took(self.small(None)).notes == ()
+
+    def test_nothing_is_predicted_where_it_plainly_fits(self) -> None:
+        vae = self.small(1 << 34)
+        assert "many times the need" in str(self.took(vae).notes)
+        assert vae.predictions == 0
 
     def test_what_is_there_already_is_not_counted_twice(self) -> None:
         """The prediction has the weights and the input in it."""
@@ -192,7 +197,8 @@ class TestDefaultPlan:
 
 def test_free_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the driver has, and what PyTorch holds without using it; other devices than CUDA's cannot say."""
-    facts = {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 50}
+    held = {"reserved_bytes.all.current": 70, "allocated_bytes.all.current": 50}
+    facts: dict[str, object] = {"mem_get_info": (100, 1000), "memory_stats": held}
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -27,6 +27,7 @@ from fastvideo_vae_core.tiling import Axis, Step
 from fastvideo_vae_core.units import Progress, Units
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
+from fastvideo_vae_ltx2.blending import WeightedBlend
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
 from fastvideo_vae_ltx2.network import STRIDES, Decoder, DownLevel, Encoder, UpLevel
 from fastvideo_vae_ltx2.streaming import Stage
@@ -306,6 +307,8 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
         time, space = self.arch.ratios
         blend.check(time, space)
+        if isinstance(blend, WeightedBlend):
+            return blend.tiles(shape, direction, time, space)
         frames, pixels = blend.cut("frames", direction, time), blend.cut("pixels", direction, space)
         # diffusers drops the last frame of decoded tiles, where the first is the one too many.
         return blended_tiles(shape, frames, pixels, drops="first" if direction == "encode" else "last")
