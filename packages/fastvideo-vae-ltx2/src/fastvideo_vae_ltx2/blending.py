@@ -33,10 +33,8 @@ class WeightedBlend(Blend):
         for length, (size, stride, ratio, timed) in zip(shape[2:], settings, strict=True):
             latents = length if direction == "decode" else (length - timed) // ratio + timed
             size, stride = (latents, latents) if size is None or stride is None else (size // ratio, stride // ratio)
-            spans = [
-                _span(direction, tile, latents, size - stride, ratio, timed) for tile in _cut(latents, size, stride)
-            ]
-            axes.append(_normalized(spans))
+            cuts = _cut(latents, size, stride)
+            axes.append(_normalized([_span(direction, cut, latents, size - stride, ratio, timed) for cut in cuts]))
         places = list(itertools.product(*axes))
 
         def join(made: Iterable[Tensor]) -> Tensor:
@@ -62,8 +60,8 @@ class Span(NamedTuple):
     weights: Tensor
 
 
-def _span(direction: Direction, tile: tuple[int, int], latents: int, overlap: int, ratio: int, timed: bool) -> Span:
-    start, stop = tile
+def _span(direction: Direction, cut: tuple[int, int], latents: int, overlap: int, ratio: int, timed: bool) -> Span:
+    start, stop = cut
     left, right = (overlap if start else 0), (overlap if stop < latents else 0)
     if timed and start:
         # One latent frame more, because the first of a tile is a single frame.
