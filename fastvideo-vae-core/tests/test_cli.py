@@ -613,6 +613,22 @@ def test_a_bar_shows_only_to_somebody_who_watches(
     assert bar(json=True) == bar(quiet=True) == ""
 
 
+def test_a_bar_shows_the_units_of_a_call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def bar(**settings: bool) -> str:
+        shown = console.Console(**{"json": False, "quiet": False, **settings})
+        with shown.units("decode") as progress:
+            # The second attempt has more of them.
+            for units in ((0, 1), (0, 3), (1, 3), (2, 3), (3, 3)):
+                progress(*units)
+        return capsys.readouterr().err
+
+    assert bar() == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    assert "decode" in bar()
+    assert bar(json=True) == bar(quiet=True) == ""
+
+
 def test_help_and_families_import_no_torch() -> None:
     code = "import sys; from fastvideo_vae_core.cli.__main__ import main; {}; assert 'torch' not in sys.modules"
     for command in ("main(['--help'])", "main(['encode', '--help'])", "main(['families'])"):

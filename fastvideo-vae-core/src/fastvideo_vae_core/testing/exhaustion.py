@@ -15,7 +15,7 @@ from fastvideo_vae_core.memory import _LiveBytes
 class Exhaustion(TorchFunctionMode):
     """Inside it memory runs out in the first layer that begins behind the given number of units of a call.
 
-    Pass it to the call as `progress`, so that it knows where the call is. Predictions, which compute on shapes alone,
+    Pass its `progress` to the call, so that it knows where the call is. Predictions, which compute on shapes alone,
     are left alone.
 
         with Exhaustion(3) as exhaustion, pytest.warns(UserWarning, match="ran out of memory"):
@@ -56,7 +56,7 @@ class Exhaustion(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         layer = name.startswith(("conv", "linear")) and isinstance(args[0], Tensor) and not args[0].is_meta
-        if layer and self._times and self.told and self.told[-1][0] >= self._behind:
+        if layer and self._times and (self.told[-1][0] if self.told else 0) >= self._behind:
             self._times -= 1
             raise torch.OutOfMemoryError("out of memory on purpose")
         return func(*args, **(kwargs or {}))
