@@ -232,7 +232,7 @@ class TestSeveralDevices:
                     raise InterruptedError("enough")
 
             try:
-                vae.decode(z, plan=vae.plan_decode(z.shape, mesh=Sharding(group=group, timeout=3)), progress=stop)
+                vae.decode(z, plan=vae.plan_decode(z.shape, mesh=Sharding(group=group, timeout=1)), progress=stop)
             except Exception as error:
                 return error
             return None
@@ -249,7 +249,7 @@ class TestSeveralDevices:
         def call(group: Any) -> None:
             with Exhaustion(0) as exhaustion, warnings.catch_warnings():
                 warnings.simplefilter("error")
-                plan = vae.plan_decode(z.shape, mesh=Sharding(group=group, timeout=3))
+                plan = vae.plan_decode(z.shape, mesh=Sharding(group=group, timeout=1))
                 vae.decode(z, plan=plan, progress=exhaustion.progress)
 
         with pytest.raises(torch.OutOfMemoryError):

@@ -120,7 +120,7 @@ def compute(vae: ParallelTiledVAE[Any], plan: Plan, x: Tensor, progress: Progres
     if smaller is None:
         raise MemoryBudgetError(f"{said}, and there is no smaller plan; {_WAY_OUT}") from failed
     warnings.warn(
-        f"{said} and was computed again with less ({_described(smaller)}); memory_budget= begins with such a plan,"
+        f"{said} and is computed again with less ({_described(smaller)}); memory_budget= begins with such a plan,"
         " VAEConfig(out_of_memory='raise') gives the error instead",
         stacklevel=6,
     )
