@@ -49,7 +49,7 @@ def test_a_strided_layer_begins_with_the_last_frame_it_kept(stacked: bool) -> No
 
 def surrounded(conv: CausalConv3d, x: Tensor) -> Tensor:
     """One convolution over everything, with copies of the first and last frames around it, and reflections."""
-    rows, columns = conv.inset
+    rows, columns = conv.inset(Cache(x.device))
     x = F.pad(x, (0, 0, 0, 0, conv.memory - conv.ahead, conv.ahead), mode="replicate")
     x = F.pad(x, (columns, columns, rows, rows, 0, 0), mode="reflect") if rows else x
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)

@@ -22,6 +22,7 @@ from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.outputs import DecoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.strips import run_strip
 from fastvideo_vae_core.tiling import Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
@@ -171,7 +172,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             return z, z.new_full((len(z),), DECODE_TIMESTEP)
         return z[:, :-1], z[:, -1, 0, 0, 0]
 
-    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, cache: Cache | None = None) -> Tensor:
         group = self.arch.ratios[0]
         frames = 1 + (x_BCTHW.shape[2] - 1) // group
         chunk = self._default_chunk("encode", x_BCTHW.shape) if chunk is None else chunk
@@ -183,11 +184,11 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             first=1 + chunk * group,
             piece=chunk * group,
             frames=frames,
-            device=device or x_BCTHW.device,
+            cache=cache or Cache(x_BCTHW.device),
         )
         return self._spread_variance(made)
 
-    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, cache: Cache | None = None) -> Tensor:
         chunk = self._default_chunk("decode", z_BCthw.shape) if chunk is None else chunk
         z, timestep = self._timestep(z_BCthw)
         return streaming.run(
@@ -196,7 +197,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             first=chunk,
             piece=chunk,
             frames=self.sample_axes[0].output_size(z.shape[2]),
-            device=device or z.device,
+            cache=cache or Cache(z.device),
         )
 
     def _spread_variance(self, made: Tensor) -> Tensor:
@@ -274,16 +275,25 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         return stages
 
     def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        chunk = plan.chunk or 1
-        if plan.direction == "encode":
+        chunk, encodes = plan.chunk or 1, plan.direction == "encode"
+        if encodes:
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if not plan.in_steps:
-                return self._encode(x, chunk, plan.device)
-            return self._run_steps(plan, self.encode_steps(chunk, plan.device), x)
-        if not plan.in_steps:
-            return self._decode(x, chunk, plan.device)
-        z, timestep = self._timestep(x)
-        return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z)
+        if plan.tile is not None:
+            if encodes:
+                return self._run_steps(plan, self.encode_steps(chunk, plan.device), x)
+            z, timestep = self._timestep(x)
+            return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z)
+        network = self._encode if encodes else self._decode
+        if plan.sharding is None:
+            return network(x, chunk, Cache(plan.device))
+        latents, channels = (plan.output_shape, 2 * self.channels[1]) if encodes else (plan.input_shape, self.channels[0])
+        return run_strip(
+            lambda part, strip: network(part, chunk, Cache(plan.device, strip)),
+            x,
+            plan.sharding,
+            latents,
+            (len(x), channels, *plan.output_shape[2:]),
+        )
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces as soon as they are final, from chunks of any lengths; only the cache is held between them.
@@ -437,7 +447,7 @@ def _step(
             first=stage.limit + first,
             piece=stage.limit,
             frames=time.output_size(x.shape[2]),
-            device=device or x.device,
+            cache=Cache(device or x.device),
             memory_format=torch.channels_last_3d,
         )
 

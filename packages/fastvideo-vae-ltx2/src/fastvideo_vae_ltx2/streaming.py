@@ -52,18 +52,18 @@ def run(
     first: int,
     piece: int,
     frames: int,
-    device: torch.device,
+    cache: Cache,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """A whole video, `first` frames and then `piece` frames at a time, to a result of `frames` frames.
 
-    Every piece of the result is written once, into its place; what comes in one piece is the result.
+    cache: a new one. Every piece of the result is written once, into its place; what comes in one piece is the result.
     """
     total, done = x_BCTHW.shape[2], 0
     starts = (0, *range(first, total, piece))
     pieces = ((x_BCTHW[:, :, start : start + (piece if start else first)], start == starts[-1]) for start in starts)
     result: Tensor | None = None
-    for made in flow(stages, pieces, Cache(device)):
+    for made in flow(stages, pieces, cache):
         if made.shape[2] == frames:
             return made
         if result is None:

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,12 +21,12 @@ from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.strips import run_strip
 from fastvideo_vae_core.tiling import WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_wan import streaming
 from fastvideo_vae_wan.config import WanArchConfig
 from fastvideo_vae_wan.network import Decoder, Encoder, Pointwise
-from fastvideo_vae_wan.streaming import Network
 
 
 class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
@@ -101,20 +100,21 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         self.decoded_shape(z.shape)
         return self._decode(z.to(self._half_dtype("decode")))
 
-    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, cache: Cache | None = None) -> Tensor:
         group = self.sample_axes[0].up
         frames = 1 + (x_BCTHW.shape[2] - 1) // group
         chunk = self._default_chunk("encode", x_BCTHW.shape) if chunk is None else chunk
         # Surplus frames get here only where the configuration wants the official behaviour, which drops them.
         x_BCTHW = x_BCTHW[:, :, : 1 + (frames - 1) * group]
         return streaming.run(
-            self._encode_piece, x_BCTHW, piece=chunk * group, frames=frames, device=device or x_BCTHW.device
+            self._encode_piece, x_BCTHW, piece=chunk * group, frames=frames, cache=cache or Cache(x_BCTHW.device)
         )
 
-    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, cache: Cache | None = None) -> Tensor:
         frames = self.sample_axes[0].output_size(z_BCthw.shape[2])
         chunk = self._default_chunk("decode", z_BCthw.shape) if chunk is None else chunk
-        return streaming.run(self._decode_piece, z_BCthw, piece=chunk, frames=frames, device=device or z_BCthw.device)
+        cache = cache or Cache(z_BCthw.device)
+        return streaming.run(self._decode_piece, z_BCthw, piece=chunk, frames=frames, cache=cache)
 
     def _encode_piece(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
         return self.quant_conv(self.encoder(patchify(x_BCTHW, self.arch.patch), cache))
@@ -135,7 +135,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 x,
                 piece=chunk * time.up,
                 frames=1 + (x.shape[2] - 1) // time.up,
-                device=device or x.device,
+                cache=Cache(device or x.device),
                 memory_format=torch.channels_last_3d,
             )
 
@@ -146,7 +146,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 x,
                 piece=chunk,
                 frames=x.shape[2],
-                device=device or x.device,
+                cache=Cache(device or x.device),
             )
 
         tiled = Axis(down=space.up, before=halo, after=halo)
@@ -167,7 +167,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 z,
                 piece=chunk,
                 frames=z.shape[2],
-                device=device or z.device,
+                cache=Cache(device or z.device),
                 memory_format=torch.channels_last_3d,
             )
 
@@ -178,7 +178,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 x,
                 piece=chunk,
                 frames=time.output_size(x.shape[2]),
-                device=device or x.device,
+                cache=Cache(device or x.device),
             )
 
         tiled = Axis(up=space.up, before=halo, after=halo)
@@ -187,51 +187,24 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             Step(name="up", run=up, axes=(Axis(up=time.up, lead=time.lead, whole=True), tiled, tiled)),
         ]
 
-    def _slab_steps(self, direction: Direction, chunk: int, device: torch.device) -> list[Step]:
-        """The same as the steps for tiles, but in many: slabs are thin, and their halos have to be thinner. The whole
-        time of a rank's slab is in memory between two of them."""
-        if direction == "encode":
-            _, middle = self.encode_steps(chunk, device)
-            return [*self._local_steps(direction, chunk * self.sample_axes[0].up, device), middle]
-        middle, _ = self.decode_steps(chunk, device)
-        return [middle, *self._local_steps(direction, chunk, device)]
-
-    def _local_steps(self, direction: Direction, piece: int, device: torch.device) -> Iterator[Step]:
-        """piece: frames at a time that the first step takes."""
-        patch, parts = self.arch.patch, list((self.encoder if direction == "encode" else self.decoder).parts())
-        for index, (network, time, space) in enumerate(parts):
-            if direction == "encode" and index == 0:
-                network, space = _behind(network, patch), replace(space, down=patch, before=patch, after=patch)
-            if direction == "decode" and index == len(parts) - 1:
-                network, space = _before(network, patch), replace(space, up=patch)
-
-            def run(
-                grids: Sequence[Tensor], _: object, network: Network = network, time: Axis = time, piece: int = piece
-            ) -> Tensor:
-                return streaming.run(
-                    network,
-                    grids[0],
-                    piece=piece,
-                    frames=time.output_size(grids[0].shape[2]),
-                    device=device,
-                    memory_format=torch.channels_last_3d,
-                )
-
-            yield Step(name=f"{direction}.{index}", run=run, axes=(time, space, space))
-            piece = piece * time.up // time.down
-
     def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        chunk = plan.chunk or 1
-        if plan.direction == "encode":
+        chunk, encodes = plan.chunk or 1, plan.direction == "encode"
+        if encodes:
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if not plan.in_steps:
-                return self._encode(x, chunk, plan.device)
-            steps = self.encode_steps if plan.sharding is None else partial(self._slab_steps, "encode")
+        if plan.tile is not None:
+            steps = self.encode_steps if encodes else self.decode_steps
             return self._run_steps(plan, steps(chunk, plan.device), x)
-        if not plan.in_steps:
-            return self._decode(x, chunk, plan.device)
-        steps = self.decode_steps if plan.sharding is None else partial(self._slab_steps, "decode")
-        return self._run_steps(plan, steps(chunk, plan.device), x)
+        network = self._encode if encodes else self._decode
+        if plan.sharding is None:
+            return network(x, chunk, Cache(plan.device))
+        latents, channels = (plan.output_shape, 2 * self.arch.z_dim) if encodes else (plan.input_shape, self.channels[0])
+        return run_strip(
+            lambda part, strip: network(part, chunk, Cache(plan.device, strip)),
+            x,
+            plan.sharding,
+            latents,
+            (len(x), channels, *plan.output_shape[2:]),
+        )
 
     def _finish(self, direction: Direction, y: Tensor) -> Tensor:
         return y.clamp_(-1.0, 1.0) if direction == "decode" else y
@@ -332,16 +305,6 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             torch.tensor(mean, dtype=dtype, device=z.device).view(shape),
             torch.tensor(std, dtype=dtype, device=z.device).view(shape),
         )
-
-
-def _behind(network: Network, patch: int) -> Network:
-    """A network of patches, for pixels."""
-    return lambda x, cache: network(patchify(x, patch), cache)
-
-
-def _before(network: Network, patch: int) -> Network:
-    """A network that makes patches, to pixels."""
-    return lambda x, cache: unpatchify(network(x, cache), patch)
 
 
 def _arch(config: VAEConfig) -> WanArchConfig:

@@ -24,14 +24,13 @@ def run(
     *,
     piece: int,
     frames: int,
-    device: torch.device,
+    cache: Cache,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """A whole video, `piece` frames at a time behind the first, to a result of `frames` frames.
 
-    Every piece of the result is written once, into its place.
+    cache: a new one. Every piece of the result is written once, into its place.
     """
-    cache = Cache(device)
     total, done = x_BCTHW.shape[2], 0
     result: Tensor | None = None
     for start in (0, *range(1, total, piece)):
