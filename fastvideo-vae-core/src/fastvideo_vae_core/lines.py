@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -78,9 +78,16 @@ class Line:
         except RuntimeError:
             return False
 
-    def tell(self, why: str) -> None:
-        """Leave a word in the store about why this rank fails."""
-        _shortly(lambda: self._store().set(_FAILED.format(self.group.rank()), why))
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """If this rank fails, tell the others why and hang up, so that they need not wait until their time is over."""
+        try:
+            yield
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+            _shortly(lambda: self._store().set(_FAILED.format(self.group.rank()), said))
+            self.hang_up()
+            raise
 
     def hang_up(self) -> None:
         """End all connections, so that nobody waits for this rank."""
@@ -159,9 +166,10 @@ class Line:
         first = {rank: said for rank, said in told.items() if not said.startswith(ShardError.__name__)}
         causes = [f"rank {rank} failed with {said}" for rank, said in (first or told).items()]
         why = "; ".join(causes) or "it is lost, stopped or slow, or made another call"
+        whom = " and ".join(map(str, peers))
         return ShardError(
-            f"rank {self.group.rank()} of {self.group.size()} gave up after {waited:.1f} s of at most {self.timeout:g} s"
-            f" for an exchange with rank {' and '.join(map(str, peers))}: {why}; start the ranks again with a new group"
+            f"rank {self.group.rank()} of {self.group.size()} gave up after {waited:.1f} s of at most"
+            f" {self.timeout:g} s for an exchange with rank {whom}: {why}; start the ranks again with a new group"
         )
 
     def _others(self) -> list[int]:

@@ -5,9 +5,8 @@ How they are connected, and what happens when one of them is lost, is the busine
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -99,16 +98,6 @@ class Ranks:
         # No rank is done before all are, so that none goes on as if a call had worked that failed elsewhere.
         self.gather(torch.zeros((), device=own.device))
         return made
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """If this rank fails, tell the others why and hang up, so that they need not wait until their time is over."""
-        try:
-            yield
-        except BaseException as error:
-            self.line.tell(f"{type(error).__name__}: {error}")
-            self.line.hang_up()
-            raise
 
     def _own(self, slab: Slab, span: Span) -> Tensor:
         """A tensor of those elements; the ones that this rank does not have are still to be filled in."""

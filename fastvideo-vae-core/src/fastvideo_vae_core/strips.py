@@ -1,4 +1,4 @@
-"""A video on several devices: each rank has a strip of every picture, at every resolution, and runs the network on that.
+"""A video on several devices: each rank has a strip of every picture, at every resolution, and runs the network on it.
 
 The network runs piece by piece in time, as it does alone. Where a layer looks beyond the strip it asks through the
 cache of the call (`ops.causal.Cache`), and the ranks exchange what they need of the piece: the border rows that a
@@ -78,19 +78,40 @@ class Strip:
         places = {rank: 2 * place for place, rank in enumerate(busy)}
         end = 2 * len(busy)
         spans = tuple((places.get(rank, 0), places.get(rank, -2) + 2) for rank in range(len(self._spans)))
-        wanted = [
-            (max(start - 1, 0), min(stop + 1, end)) if start < stop else (start, stop) for start, stop in spans
-        ]
+        wanted = [(max(start - 1, 0), min(stop + 1, end)) if start < stop else (start, stop) for start, stop in spans]
         (found,) = self.ranks.fetch([(Slab(pair, 0, spans), wanted)])
         before, behind = self.neighbours
         return found[0] if before else None, found[-1] if behind else None
 
+    def run(self, network: Callable[[Tensor], Tensor], x: Tensor, output: Sequence[int]) -> Tensor:
+        """What a network makes of the strip of a whole video; `output` is the shape of all of it."""
+        if not self.empty:
+            return network(self.cut(x))
+        shape = list(output)
+        shape[self._axis] = 0
+        return x.new_empty(shape)
+
     def result(self, made: Tensor, size: int) -> Tensor:
         """This rank's even share of a result of that size, out of strips, which end between latents."""
-        sharding = self.ranks.sharding
         spans = self._scaled(size // self._latents)
-        (share,) = self.ranks.fetch([(Slab(made, self._axis, spans), sharding.spans(size))])
+        (share,) = self.ranks.fetch([(Slab(made, self._axis, spans), self.ranks.sharding.spans(size))])
         return share
+
+    def assembled(self, made: Sequence[Tensor], output: Sequence[int], like: Tensor) -> Tensor:
+        """A piece of a stream at the destination, elsewhere a share of it; there may be no frames in it.
+
+        made: what this rank has of it, in parts along the frames; `output` is the shape of all of it but for its
+            frames, `like` has its type.
+        """
+        own = torch.tensor(sum(part.shape[2] for part in made), device=like.device)
+        # A rank with an empty strip learns it here.
+        frames = int(self.ranks.gather(own).max())
+        shape = [*output[:2], frames, *output[3:]]
+        if not frames:
+            return like.new_empty(shape)
+        shape[self._axis] = 0
+        whole = torch.cat([*made], 2) if made else like.new_empty(shape)
+        return self.ranks.assemble(self.result(whole, output[self._axis]), output[self._axis])
 
     def _scaled(self, scale: int) -> tuple[Span, ...]:
         return tuple((scale * start, scale * stop) for start, stop in self._spans)
@@ -115,13 +136,7 @@ def run_strip(
         start, stop = sharding.span(output[2])
         return network(x, None)[:, :, start:stop]
     strip = Strip(sharding, latents[axis], _busiest(sharding, latents[axis]) if x.is_meta else None)
-    if strip.empty:
-        shape = list(output)
-        shape[0], shape[axis] = len(x), 0
-        made = x.new_empty(shape)
-    else:
-        made = network(strip.cut(x), strip)
-    return strip.result(made, output[axis])
+    return strip.result(strip.run(lambda part: network(part, strip), x, output), output[axis])
 
 
 def _busiest(sharding: Sharding, latents: int) -> int:

@@ -26,10 +26,15 @@ from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.sharding import Ranks, Sharding, run_sharded
+from fastvideo_vae_core.ranks import Ranks
+from fastvideo_vae_core.sharding import Sharding, run_sharded
+from fastvideo_vae_core.strips import Strip
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
 
 Posterior = TypeVar("Posterior")
+
+# The ranks that compute a call together.
+Mesh = DeviceMesh | ProcessGroup | Sharding
 
 # Tiles that a memory budget may choose from, in elements of the grid that is being computed.
 _TILES = (2048, 1024, 512, 256, 128, 64)
@@ -164,14 +169,22 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         sample = self._run("decode", z, plan)
         return DecoderOutput(sample) if return_dict else (sample,)
 
-    def encode_stream(self, x: Tensor | Iterable[Tensor]) -> Iterator[Posterior]:
-        """Yield the posterior of each finished piece. Images stream item by item; see `_stream` of video and audio."""
-        for piece in self._stream("encode", (x,) if isinstance(x, Tensor) else x):
+    def encode_stream(self, x: Tensor | Iterable[Tensor], *, mesh: Mesh | None = None) -> Iterator[Posterior]:
+        """Yield the posterior of each finished piece. Images stream item by item; see `_stream` of video and audio.
+
+        mesh: the ranks that compute it together, see `plan_encode`. Each of them has to be given the same chunks and to
+            iterate to the end, but only the destination gets pieces.
+
+        Raises:
+            ConfigError: the network streams on one device only, or no rank is to have the pieces.
+        """
+        for piece in self._streamed("encode", x, mesh):
             yield self.posterior(piece)
 
-    def decode_stream(self, z: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield each finished piece of the samples. Images stream item by item; see `_stream` of video and audio."""
-        return self._stream("decode", (z,) if isinstance(z, Tensor) else z)
+    def decode_stream(self, z: Tensor | Iterable[Tensor], *, mesh: Mesh | None = None) -> Iterator[Tensor]:
+        """Yield each finished piece of the samples. Images stream item by item; see `_stream` of video and audio, and
+        `encode_stream` for the mesh."""
+        return self._streamed("decode", z, mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction through the mode of the posterior; differentiable, for training."""
@@ -187,7 +200,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         tile: Sequence[int] | None = None,
         items: int | None = None,
         chunk: int | None = None,
-        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        mesh: Mesh | None = None,
     ) -> Plan:
         """Say how `encode` would compute samples of that shape.
 
@@ -213,7 +226,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         tile: Sequence[int] | None = None,
         items: int | None = None,
         chunk: int | None = None,
-        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        mesh: Mesh | None = None,
     ) -> Plan:
         """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
         return self._planned("decode", shape, memory_budget, mesh, tile=tile, items=items, chunk=chunk)
@@ -326,10 +339,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         if plan.sharding is None:
             return self._run_plan(plan, x, None)
         ranks = Ranks(plan.sharding)
-        with ranks.watched():
-            ranks.agree(_shared_facts(plan), x.device)
+        ranks.agree(_shared_facts(plan), x.device)
+        with plan.sharding.line.watched():
             made = self._run_plan(plan, x, ranks)
-            return ranks.assemble(made, plan.output_shape[ranks.axis])
+            return ranks.assemble(self._sent(direction, made, plan.sharding), plan.output_shape[ranks.axis])
 
     def _matching(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
         """The plan, which must be for this call, or one made for it."""
@@ -399,6 +412,45 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             for item in chunk.split(1):
                 yield self._run(direction, item, None)
 
+    def _streamed(self, direction: Direction, chunks: Tensor | Iterable[Tensor], mesh: Mesh | None) -> Iterator[Tensor]:
+        """The pieces of a stream, on the rank that is to have them."""
+        chunks = (chunks,) if isinstance(chunks, Tensor) else chunks
+        if mesh is None:
+            return self._stream(direction, chunks)
+        sharding = Sharding.over(mesh)
+        if sharding.destination is None:
+            raise ConfigError("a stream needs a rank that gets the pieces; pass a Sharding with a destination")
+        return self._at_destination(self._shared_stream(direction, chunks, sharding), sharding)
+
+    def _at_destination(self, pieces: Iterator[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        with sharding.line.watched():
+            for piece in pieces:
+                if sharding.rank == sharding.destination:
+                    yield piece
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        """`_stream` on several devices, whole pieces at the destination; families that stream in time override it."""
+        if type(self)._stream is not ParallelTiledVAE._stream:
+            raise ConfigError(f"{type(self).__name__} streams on one device only; leave out the mesh")
+        for chunk in chunks:
+            for item in chunk.split(1):
+                yield self._run(direction, item, self._planned(direction, tuple(item.shape), mesh=sharding))
+
+    def _strip(self, direction: Direction, piece: Tensor, sharding: Sharding) -> Strip:
+        """This rank's strip of the pictures of a stream, of which this is the first piece."""
+        shape = tuple(piece.shape)
+        latents = self.encoded_shape(shape) if direction == "encode" else shape
+        sharding = sharding.along(self._steps(direction), latents[2:])
+        if sharding.axis == 0:
+            raise ConfigError("a stream is cut in rows or columns; leave out axis=0")
+        strip = Strip(sharding, latents[2 + (sharding.axis or 0)])
+        strip.ranks.agree((direction, shape, self._fp16(self._half_dtype(direction)), str(sharding)), piece.device)
+        return strip
+
+    def _sent(self, direction: Direction, made: Tensor, sharding: Sharding) -> Tensor:
+        """What a rank has computed, as the destination is to get it."""
+        return _pixels(made) if sharding.pixels and direction == "decode" else made
+
     def _steps(self, direction: Direction) -> Sequence[Step]:
         return self.encode_steps() if direction == "encode" else self.decode_steps()
 
@@ -407,7 +459,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         direction: Direction,
         shape: Sequence[int],
         memory_budget: int | str | None = None,
-        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        mesh: Mesh | None = None,
         **options: Any,
     ) -> Plan:
         """A plan for this device or several, with the options of `_plan`."""
@@ -417,7 +469,17 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         if plan.blend is not None:
             raise ConfigError("blended tiles are computed on one device; leave out the mesh, or the blend")
         latents = plan.output_shape if direction == "encode" else plan.input_shape
-        plan = replace(plan, sharding=Sharding.over(mesh).along(self._steps(direction), latents[2:]))
+        sharding = Sharding.over(mesh).along(self._steps(direction), latents[2:])
+        if sharding.pixels and len(shape) < 4:
+            raise ConfigError("sound has no pixels; leave out pixels=True")
+        plan = replace(plan, sharding=sharding)
+        if plan.chunk is not None and options.get("chunk") is None and sharding.axis:
+            # A rank has less of every frame, so it takes more of them at a time.
+            own = [
+                [-(-size // sharding.world) if index == 2 + sharding.axis else size for index, size in enumerate(each)]
+                for each in (plan.input_shape, plan.output_shape)
+            ]
+            plan = replace(plan, chunk=self._chunk(direction, own[0], own[1], None))
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
     def _plan(
@@ -565,11 +627,20 @@ def _tile(extent: Sequence[int], shape: Sequence[int], output: Sequence[int]) ->
     return (*map(max, shape[2 : -len(extent)], output[2 : -len(extent)]), *extent)
 
 
+def _pixels(y: Tensor) -> Tensor:
+    """Levels of samples, which have to be numbers."""
+    from fastvideo_vae_core.media.images import to_uint8
+
+    if not bool(y.isfinite().all()):
+        raise ShapeError("what was decoded holds NaN or infinity, which no pixel can show; bfloat16 does not overflow")
+    return to_uint8(y)
+
+
 def _shared_facts(plan: Plan) -> tuple[object, ...]:
     """What must be the same on every rank for their exchanges to fit together."""
     assert plan.sharding is not None
-    call = (plan.direction, plan.input_shape, plan.items, plan.dtype, plan.retry)
-    return (*call, plan.sharding.world, plan.sharding.axis, plan.sharding.destination)
+    call = (plan.direction, plan.input_shape, plan.items, plan.tile, plan.chunk, plan.dtype, plan.retry)
+    return (*call, plan.sharding.world, plan.sharding.axis, plan.sharding.destination, plan.sharding.pixels)
 
 
 def _halves(chunk: int | None) -> list[int]:

@@ -91,6 +91,10 @@ class Cache:
         """The strip of whole pictures (B, C, T, H, W)."""
         return x if self.strip is None else self.strip.cut(x)
 
+    def agreed(self, flag: bool) -> bool:
+        """Whether it is true here or on another device that has a strip of the pictures."""
+        return flag if self.strip is None else self.strip.ranks.agree_on_any(flag, self.device)
+
     def fuses(self, x: Tensor, layer: nn.Conv3d) -> bool:
         """Whether the kernels of this device are to be used, rather than the definitions."""
         differentiates = torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad)
@@ -161,9 +165,7 @@ class CausalConv3d(nn.Conv3d):
             data = x.new_empty(batch, (total - taps) // stride + 1, *sizes, taps * channels)
         else:
             data, taps, stride = x.new_empty(batch, total, *sizes, channels), 1, 1
-        window = Window(
-            data, taps=taps, shift=shift, stride=stride, copies=history is None, behind=behind, inset=inset
-        )
+        window = Window(data, taps=taps, shift=shift, stride=stride, copies=history is None, behind=behind, inset=inset)
         if history is not None:
             window.remember(history)
         return window

@@ -22,9 +22,10 @@ from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.outputs import DecoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.strips import run_strip
 from fastvideo_vae_core.tiling import Axis, Step
-from fastvideo_vae_core.vae import ParallelTiledVAE
+from fastvideo_vae_core.vae import Mesh, ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
 from fastvideo_vae_ltx2.network import STRIDES, Decoder, DownLevel, Encoder, UpLevel
@@ -139,10 +140,14 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             sample = self._run("decode", timed, plan)
         return DecoderOutput(sample) if return_dict else (sample,)
 
-    def decode_stream(self, z: Tensor | Iterable[Tensor], temb: Tensor | float | None = None) -> Iterator[Tensor]:
-        """Yield each finished piece of the video; `temb` as in `decode`."""
+    def decode_stream(
+        self, z: Tensor | Iterable[Tensor], temb: Tensor | float | None = None, *, mesh: Mesh | None = None
+    ) -> Iterator[Tensor]:
+        """Yield each finished piece of the video; `temb` as in `decode`, `mesh` as in `encode_stream`."""
         chunks = (z,) if isinstance(z, Tensor) else z
-        return self._stream("decode", chunks if temb is None else (self._with_timestep(each, temb) for each in chunks))
+        if temb is not None:
+            chunks = (self._with_timestep(each, temb) for each in chunks)
+        return self._streamed("decode", chunks, mesh)
 
     def _noisy(self, z: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Latents with the official noise."""
@@ -286,7 +291,8 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         network = self._encode if encodes else self._decode
         if plan.sharding is None:
             return network(x, chunk, Cache(plan.device))
-        latents, channels = (plan.output_shape, 2 * self.channels[1]) if encodes else (plan.input_shape, self.channels[0])
+        latents = plan.output_shape if encodes else plan.input_shape
+        channels = 2 * self.arch.latent_channels if encodes else self.channels[0]
         return run_strip(
             lambda part, strip: network(part, chunk, Cache(plan.device, strip)),
             x,
@@ -304,31 +310,56 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         Raises:
             ShapeError: a chunk does not continue the one before, or frames are left over that fill no latent.
         """
+        cache = Cache(self.device)
+        for _, parts in self._made(direction, self._pieces(direction, chunks), cache):
+            yield from parts
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        pieces = self._pieces(direction, chunks)
+        first = next(pieces, None)
+        if first is None:
+            return
+        strip, stored = self._strip(direction, first, sharding), self._half_dtype(direction)
+        frame = (len(first), self.channels[direction == "decode"], 1, *first.shape[3:])
+        if direction == "encode":
+            output = (len(first), 2 * self.arch.latent_channels, *self.encoded_shape(frame)[2:])
+        else:
+            output = self.decoded_shape(frame)
+        cache = Cache(self.device, strip)
+        for piece, parts in self._made(direction, itertools.chain([first], pieces), cache):
+            own = [self._sent(direction, part, sharding) for part in parts]
+            like = self._sent(direction, piece.new_empty(0, dtype=stored), sharding)
+            whole = strip.assembled(own, output, like)
+            if whole.shape[2]:
+                yield whole
+
+    def _made(
+        self, direction: Direction, pieces: Iterable[Tensor], cache: Cache
+    ) -> Iterator[tuple[Tensor, Iterable[Tensor]]]:
+        """Each piece and what it makes, in parts; of a strip where the cache is that of one."""
         stored = self._half_dtype(direction)
         dtype, retry, _ = self._fp16(stored)
         model = self if dtype == stored else self._twin(direction, dtype)
-        cache = Cache(self.device)
         timestep: Tensor | None = None
-        pieces = self._pieces(direction, chunks)
         # A causal half has given everything when the last piece is through.
         late = direction == "decode" and not self.arch.decoder_causal
         for piece, last in _ended(pieces) if late else ((piece, False) for piece in pieces):
+            x = piece
             if direction == "decode":
                 if piece.shape[2]:
                     timestep = self._timestep(piece)[1]
-                piece = piece[:, : self.arch.latent_channels]
-            piece = piece.to(stored).to(dtype)
+                x = piece[:, : self.arch.latent_channels]
+            x = x.to(stored).to(dtype)
             if retry:
                 before = cache.copy()
-                made = list(model._flow(direction, piece, last, cache, timestep))
-                if all(bool(each.isfinite().all()) for each in made):
-                    yield from made
+                made = list(model._flow(direction, x, last, cache, timestep))
+                if not cache.agreed(not all(bool(each.isfinite().all()) for each in made)):
+                    yield piece, made
                     continue
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)
                 dtype, retry, model = torch.float32, False, self._twin(direction, torch.float32)
-                cache, piece = before.handed_to(model, self, dtype), piece.to(dtype)
-            for part in model._flow(direction, piece, last, cache, timestep):
-                yield part.to(stored)
+                cache, x = before.handed_to(model, self, dtype), x.to(dtype)
+            yield piece, (part.to(stored) for part in model._flow(direction, x, last, cache, timestep))
 
     def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         chunks = iter(chunks)
@@ -357,12 +388,15 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         self, direction: Direction, x: Tensor, last: bool, cache: Cache, timestep: Tensor | None
     ) -> Iterator[Tensor]:
         """What one piece of a stream makes, in parts."""
+        if cache.strip is not None and cache.strip.empty:
+            return iter(())
+        pieces = [(cache.own(x), last)]
         if direction == "encode":
-            made = streaming.flow(self._encoder_stages(), [(x, last)], cache)
+            made = streaming.flow(self._encoder_stages(), pieces, cache)
             return (self._spread_variance(each) for each in made)
         timestep = None if timestep is None else timestep.to(x.dtype)
         shape = (*x.shape[:2], 1, *x.shape[3:])
-        return streaming.flow(self._decoder_stages(self._default_chunk("decode", shape), timestep), [(x, last)], cache)
+        return streaming.flow(self._decoder_stages(self._default_chunk("decode", shape), timestep), pieces, cache)
 
     def _plan(
         self,

@@ -23,6 +23,7 @@ from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, formulation, nee
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import Snake, snake_pointwise
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.tiling import Axis, Step, run_steps, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_oobleck.config import OobleckArchConfig
@@ -178,10 +179,23 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
         A piece is computed with its context around it, so feed some hundred latents at a time unless latency matters.
         Only the context is held between pieces. The pieces of all chunks together are what one call would give.
         """
+        return self._slid(direction, chunks, 1, lambda crop: self._plan(direction, tuple(crop.shape)))
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        """The same with pieces as many times longer as there are ranks."""
+
+        def plan(crop: Tensor) -> Plan:
+            return self._planned(direction, tuple(crop.shape), mesh=sharding)
+
+        return self._slid(direction, chunks, sharding.world, plan)
+
+    def _slid(
+        self, direction: Direction, chunks: Iterable[Tensor], times: int, plan: Callable[[Tensor], Plan]
+    ) -> Iterator[Tensor]:
         next(self._half_parameters(direction))  # refuses a half that is not loaded
         (axis,) = self._steps(direction)[0].axes
-        tile = _PIECE if direction == "encode" else _PIECE * self.arch.hop_length
-        return slide(axis, self._checked(direction, chunks), lambda crop: self._run(direction, crop, None), tile)
+        tile = times * (_PIECE if direction == "encode" else _PIECE * self.arch.hop_length)
+        return slide(axis, self._checked(direction, chunks), lambda crop: self._run(direction, crop, plan(crop)), tile)
 
     def _checked(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The chunks, each of the right layout and all together of a legal length."""

@@ -21,6 +21,7 @@ from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.strips import run_strip
 from fastvideo_vae_core.tiling import WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -197,7 +198,8 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         network = self._encode if encodes else self._decode
         if plan.sharding is None:
             return network(x, chunk, Cache(plan.device))
-        latents, channels = (plan.output_shape, 2 * self.arch.z_dim) if encodes else (plan.input_shape, self.channels[0])
+        latents = plan.output_shape if encodes else plan.input_shape
+        channels = 2 * self.arch.z_dim if encodes else self.channels[0]
         return run_strip(
             lambda part, strip: network(part, chunk, Cache(plan.device, strip)),
             x,
@@ -217,20 +219,41 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         Raises:
             ShapeError: a chunk does not continue the one before, or frames are left over that fill no latent.
         """
+        cache = Cache(self.device)
+        for _, made in self._made(direction, self._pieces(direction, chunks), cache):
+            yield made
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        pieces = self._pieces(direction, chunks)
+        first = next(pieces, None)
+        if first is None:
+            return
+        strip = self._strip(direction, first, sharding)
+        cache = Cache(self.device, strip)
+        for piece, made in self._made(direction, itertools.chain([first], pieces), cache):
+            frame = (*piece.shape[:2], 1, *piece.shape[3:])
+            if direction == "encode":
+                output = (len(piece), 2 * self.arch.z_dim, *self.encoded_shape(frame)[2:])
+            else:
+                output = self.decoded_shape(frame)
+            sent = self._sent(direction, made, sharding)
+            yield strip.assembled([] if strip.empty else [sent], output, sent)
+
+    def _made(self, direction: Direction, pieces: Iterable[Tensor], cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each piece and what it makes; of a strip where the cache is that of one."""
         stored = self._half_dtype(direction)
         dtype, retry, _ = self._fp16(stored)
         model = self if dtype == stored else self._twin(direction, dtype)
-        cache = Cache(self.device)
-        for piece in self._pieces(direction, chunks):
+        for piece in pieces:
             before = cache.copy() if retry else cache
-            made = model._piece(direction, piece.to(stored).to(dtype), cache)
-            if retry and not bool(made.isfinite().all()):
+            made = model._piece(direction, cache.own(piece).to(stored).to(dtype), cache)
+            if retry and cache.agreed(not bool(made.isfinite().all())):
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)
                 dtype, retry, model = torch.float32, False, self._twin(direction, torch.float32)
                 cache = before.handed_to(model, self, dtype)
-                made = model._piece(direction, piece.to(dtype), cache)
+                made = model._piece(direction, cache.own(piece).to(dtype), cache)
             cache.first = False
-            yield self._finish(direction, made.to(stored))
+            yield piece, self._finish(direction, made.to(stored))
 
     def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         chunks = iter(chunks)
@@ -253,6 +276,8 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             yield chunk
 
     def _piece(self, direction: Direction, x: Tensor, cache: Cache) -> Tensor:
+        if cache.strip is not None and cache.strip.empty:
+            return x
         if direction == "encode":
             return self._encode_piece(x, cache)
         return self._decode_piece(x, cache)

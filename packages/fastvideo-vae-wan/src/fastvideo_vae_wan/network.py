@@ -58,7 +58,6 @@ class Encoder(nn.Module):
             x = block(x, cache)
         return x
 
-
     def middle(self, x: Tensor, cache: Cache) -> Tensor:
         """The part that sees whole frames."""
         x = self.mid_block(x, cache)

@@ -84,6 +84,27 @@ class ExecutionContract(Hooks):
         x = self.example(vae, direction)
         self.check_sharded(vae, direction, x, 2, self.fp32_bound, tile=(3,) * (x.ndim - 2), items=1)
 
+    @both_directions
+    def test_a_shared_stream_equals_the_whole(self, vae64: VAE, direction: Direction) -> None:
+        """Only the destination gets pieces; or all are told that the network streams on one device."""
+        for world, grid in zip((2, 3, 5), self.latent_grids[::-1], strict=False):
+            x = self.example(vae64, direction, grid=grid)
+
+            def call(group: object, x: Tensor = x) -> list[Tensor]:
+                sharding = Sharding(group=group, destination=1, timeout=20)
+                if direction == "decode":
+                    return list(vae64.decode_stream(self.chunks(x), mesh=sharding))
+                return [moments(posterior) for posterior in vae64.encode_stream(self.chunks(x), mesh=sharding)]
+
+            if not self.shares_streams:
+                with pytest.raises(ConfigError, match="on one device"):
+                    on_ranks(world, call)
+                return
+            pieces = on_ranks(world, call)
+            assert [rank for rank, made in enumerate(pieces) if made] == [1]
+            made = torch.cat(pieces[1], self.stream_axis)
+            assert distance(made, self.run(vae64, direction, x)) <= self.fp64_bound
+
     @pytest.mark.slow
     @both_directions
     @pytest.mark.parametrize("double", [False, True])
