@@ -287,6 +287,12 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         return next(self.parameters()).device
 
     @property
+    def shares_streams(self) -> bool:
+        """Whether several devices can compute a stream together."""
+        streams, shares = type(self)._stream, type(self)._shared_stream
+        return streams is ParallelTiledVAE._stream or shares is not ParallelTiledVAE._shared_stream
+
+    @property
     def provenance(self) -> Provenance:
         """Which checkpoint this is, as latent files record it."""
         if self._provenance is None:
@@ -430,7 +436,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
         """`_stream` on several devices, whole pieces at the destination; families that stream in time override it."""
-        if type(self)._stream is not ParallelTiledVAE._stream:
+        if not self.shares_streams:
             raise ConfigError(f"{type(self).__name__} streams on one device only; leave out the mesh")
         for chunk in chunks:
             for item in chunk.split(1):

@@ -24,28 +24,30 @@ class Console:
     Attributes:
         json: the result is one JSON document, and nothing else goes to stdout.
         quiet: no remarks and no progress bars.
+        mute: nothing at all; of several ranks one speaks.
     """
 
     json: bool
     quiet: bool
+    mute: bool = False
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Console:
-        return cls(json=options.json, quiet=options.quiet)
+        return cls(json=options.json, quiet=options.quiet, mute=not getattr(options, "speaks", True))
 
     def say(self, *lines: str) -> None:
         """A part of the result, for people."""
-        if not self.json:
+        if not self.json and not self.mute:
             _print("\n".join(lines), sys.stdout)
 
     def remark(self, text: str) -> None:
         """Something to know that is not the result."""
-        if not self.quiet:
+        if not self.quiet and not self.mute:
             _print(f"{PROGRAM}: {text}", sys.stderr)
 
     def finish(self, document: Any) -> None:
         """The result, for machines."""
-        if self.json:
+        if self.json and not self.mute:
             print(json.dumps(_finite(document), indent=2, allow_nan=False))
 
     def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
@@ -70,7 +72,7 @@ class Console:
 
     @property
     def _watched(self) -> bool:
-        return not (self.json or self.quiet) and sys.stderr.isatty()
+        return not (self.json or self.quiet or self.mute) and sys.stderr.isatty()
 
 
 def _print(text: str, file: TextIO) -> None:

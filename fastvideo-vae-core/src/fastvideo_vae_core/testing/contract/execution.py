@@ -96,6 +96,7 @@ class ExecutionContract(Hooks):
                     return list(vae64.decode_stream(self.chunks(x), mesh=sharding))
                 return [moments(posterior) for posterior in vae64.encode_stream(self.chunks(x), mesh=sharding)]
 
+            assert vae64.shares_streams == self.shares_streams
             if not self.shares_streams:
                 with pytest.raises(ConfigError, match="on one device"):
                     on_ranks(world, call)
