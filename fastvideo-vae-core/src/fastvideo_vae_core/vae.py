@@ -480,12 +480,9 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             raise ConfigError("sound has no pixels; leave out pixels=True")
         plan = replace(plan, sharding=sharding)
         if plan.chunk is not None and options.get("chunk") is None and sharding.axis:
-            # A rank has less of every frame, so it takes more of them at a time.
-            own = [
-                [-(-size // sharding.world) if index == 2 + sharding.axis else size for index, size in enumerate(each)]
-                for each in (plan.input_shape, plan.output_shape)
-            ]
-            plan = replace(plan, chunk=self._chunk(direction, own[0], own[1], None))
+            # A rank has less of every frame, so it takes more frames at a time, and exchanges are fewer.
+            chunk = self._chunk(direction, plan.input_shape, plan.output_shape, plan.chunk * sharding.world)
+            plan = replace(plan, chunk=chunk)
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
     def _plan(

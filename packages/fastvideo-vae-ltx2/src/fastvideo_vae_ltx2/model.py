@@ -315,7 +315,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             yield from parts
 
     def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
-        pieces = self._pieces(direction, chunks)
+        pieces = self._pieces(direction, chunks, sharding.world)
         first = next(pieces, None)
         if first is None:
             return
@@ -361,13 +361,13 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 cache, x = before.handed_to(model, self, dtype), x.to(dtype)
             yield piece, (part.to(stored) for part in model._flow(direction, x, last, cache, timestep))
 
-    def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _pieces(self, direction: Direction, chunks: Iterable[Tensor], ranks: int = 1) -> Iterator[Tensor]:
         chunks = iter(chunks)
         first = next(chunks, None)
         if first is None:
             return iter(())
         group = self.arch.ratios[0] if direction == "encode" else 1
-        piece = group * self._default_chunk(direction, first.shape)
+        piece = group * self._default_chunk(direction, first.shape) * ranks
         checked = self._checked(direction, itertools.chain([first], chunks))
         return streaming.cut(
             checked, first=1, piece=piece, group=group, surplus=self.config.illegal_sizes == "official"
@@ -395,8 +395,9 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             made = streaming.flow(self._encoder_stages(), pieces, cache)
             return (self._spread_variance(each) for each in made)
         timestep = None if timestep is None else timestep.to(x.dtype)
-        shape = (*x.shape[:2], 1, *x.shape[3:])
-        return streaming.flow(self._decoder_stages(self._default_chunk("decode", shape), timestep), pieces, cache)
+        ranks = 1 if cache.strip is None else cache.strip.ranks.world
+        chunk = self._default_chunk("decode", (*x.shape[:2], 1, *x.shape[3:])) * ranks
+        return streaming.flow(self._decoder_stages(chunk, timestep), pieces, cache)
 
     def _plan(
         self,

@@ -224,7 +224,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             yield made
 
     def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
-        pieces = self._pieces(direction, chunks)
+        pieces = self._pieces(direction, chunks, sharding.world)
         first = next(pieces, None)
         if first is None:
             return
@@ -255,13 +255,13 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             cache.first = False
             yield piece, self._finish(direction, made.to(stored))
 
-    def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _pieces(self, direction: Direction, chunks: Iterable[Tensor], ranks: int = 1) -> Iterator[Tensor]:
         chunks = iter(chunks)
         first = next(chunks, None)
         if first is None:
             return iter(())
         group = self.sample_axes[0].up if direction == "encode" else 1
-        piece = group * self._default_chunk(direction, first.shape)
+        piece = group * self._default_chunk(direction, first.shape) * ranks
         checked = self._checked(direction, itertools.chain([first], chunks))
         return streaming.cut(checked, piece=piece, group=group, surplus=self.config.illegal_sizes == "official")
 
