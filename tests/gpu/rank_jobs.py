@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,48 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import fastvideo_vae_core as fvae
+from fastvideo_vae_autoencoder_kl import AutoencoderKL
+from fastvideo_vae_autoencoder_kl.config import SDXL
+from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ShardError
 from fastvideo_vae_core.sharding import Sharding
+from fastvideo_vae_core.testing.golden import fill
+from fastvideo_vae_gamecraft import AutoencoderKLHunyuanVideo
+from fastvideo_vae_gamecraft.config import GAMECRAFT
+from fastvideo_vae_ltx2 import AutoencoderKLLTX2Video
+from fastvideo_vae_ltx2.config import LTX20_VIDEO
+from fastvideo_vae_oobleck import AutoencoderOobleck
+from fastvideo_vae_oobleck.config import STABLE_AUDIO_OPEN
+from fastvideo_vae_wan import AutoencoderKLWan
+from fastvideo_vae_wan.config import WAN21, WAN22
 
-# Latents behind (B, C), uneven between two.
-LATENTS = {
-    "autoencoder_kl": (9, 5),
-    "gamecraft": (2, 5, 3),
-    "ltx2": (3, 5, 4),
-    "oobleck": (33,),
-    "wan": (3, 5, 3),
+# Narrow networks, and latents behind (B, C), uneven between two ranks.
+SMALL: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "autoencoder_kl": (AutoencoderKL, replace(SDXL, block_out_channels=(32,) * 4), (9, 5)),
+    "gamecraft": (AutoencoderKLHunyuanVideo, replace(GAMECRAFT, block_out_channels=(32,) * 4), (2, 5, 3)),
+    "ltx2": (
+        AutoencoderKLLTX2Video,
+        replace(LTX20_VIDEO, block_out_channels=(8, 16, 32, 32), decoder_block_out_channels=(8, 16, 32)),
+        (3, 5, 4),
+    ),
+    "oobleck": (
+        AutoencoderOobleck,
+        replace(STABLE_AUDIO_OPEN, encoder_hidden_size=8, decoder_input_channels=4, decoder_channels=8),
+        (33,),
+    ),
+    "wan2.1": (AutoencoderKLWan, replace(WAN21, base_dim=8, num_res_blocks=1), (3, 5, 3)),
+    "wan2.2": (AutoencoderKLWan, replace(WAN22, base_dim=8, decoder_base_dim=8, num_res_blocks=1), (3, 5, 3)),
 }
+
+
+def model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+    """A network with random weights, and latents for it."""
+    build, arch, grid = SMALL[name]
+    vae = build(VAEConfig(arch_config=arch)).eval().requires_grad_(False)
+    fill(vae)
+    vae = vae.to(device, dtype)
+    z = torch.randn(1, vae.channels[1], *grid, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return vae, z.to(device)
 
 
 def main(job: str, world: int, folder: Path, rank: int, kind: str) -> None:
@@ -47,26 +78,22 @@ def main(job: str, world: int, folder: Path, rank: int, kind: str) -> None:
 def same(device: torch.device) -> dict[str, float]:
     """Of every family the largest difference between one device and all, in both directions."""
     found: dict[str, float] = {}
-    for family, grid in LATENTS.items():
-        vae = fvae.load_demo(family, device=device).double()
-        vae.config = type(vae.config)(**{**vars(vae.config), "fp16": "off"})
-        sharding = Sharding(group=dist.group.WORLD, timeout=60)
-        z = torch.randn(1, vae.channels[1], *grid, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        z = z.to(device)
+    sharding = Sharding(group=dist.group.WORLD, timeout=60)
+    for name in SMALL:
+        vae, z = model(name, device, torch.float64)
         x = vae.decode(z).sample
         made = vae.decode(z, plan=vae.plan_decode(tuple(z.shape), mesh=sharding)).sample
         again = vae.encode(x, plan=vae.plan_encode(tuple(x.shape), mesh=sharding)).latent_dist.mode()
         if sharding.rank == 0:
-            found[f"{family} decode"] = float((made - x).abs().max() / x.abs().max())
+            found[f"{name} decode"] = float((made - x).abs().max() / x.abs().max())
             mode = vae.encode(x).latent_dist.mode()
-            found[f"{family} encode"] = float((again - mode).abs().max() / mode.abs().max())
+            found[f"{name} encode"] = float((again - mode).abs().max() / mode.abs().max())
     return found
 
 
 def lost(job: str, device: torch.device, rank: int) -> dict[str, Any]:
     """How long a rank that goes on waits for one that does not, and what it says."""
-    vae = fvae.load_demo("wan", device=device).float()
-    z = torch.randn(1, vae.channels[1], *LATENTS["wan"]).to(device)
+    vae, z = model("wan2.1", device, torch.float32)
     plan = vae.plan_decode(tuple(z.shape), mesh=Sharding(group=dist.group.WORLD, timeout=10))
     vae.decode(z, plan=plan)
     if rank == 1:

@@ -54,7 +54,7 @@ def answers(job: str, kind: str, folder: Path, seconds: float, lost: tuple[int, 
 
 def test_every_family_gives_the_numbers_of_one_device(kind: str, tmp_path: Path) -> None:
     found = answers("same", kind, tmp_path, 240)[0]
-    assert len(found) == 10
+    assert len(found) == 12
     assert max(found.values()) <= 1e-10, found
 
 
