@@ -55,6 +55,16 @@ class Line:
             # What backends raise, for a timeout and a closed connection alike.
             raise self._failure(peers, time.monotonic() - began) from error
 
+    def follow(self, event: torch.cuda.Event) -> None:
+        """Watch over an exchange in a stream, which is done when the event is."""
+        with self._lock:
+            if not self._pending:
+                self._moved = time.monotonic()
+            self._pending.append(event)
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._watch, daemon=True)
+                self._watcher.start()
+
     def settle(self) -> None:
         """Wait until every exchange is done.
 
@@ -118,13 +128,7 @@ class Line:
                 work.wait()
             event = torch.cuda.Event()
             event.record()
-        with self._lock:
-            if not self._pending:
-                self._moved = time.monotonic()
-            self._pending.append(event)
-            if self._watcher is None:
-                self._watcher = threading.Thread(target=self._watch, daemon=True)
-                self._watcher.start()
+        self.follow(event)
 
     def _meet(self) -> None:
         """See that all ranks have come before the first exchange, for which NCCL waits without a deadline."""

@@ -79,6 +79,14 @@ class ExecutionContract(Hooks):
             self.check_sharded(vae64, direction, x, world, self.fp64_bound, destination=destination)
 
     @both_directions
+    def test_sharded_in_float32_equals_whole(self, vae: VAE, direction: Direction) -> None:
+        """Over one rank, and over as many as there are; the smallest grid, and a larger one."""
+        for world in (1, 2, 3, 5):
+            for grid in {self.latent_grids[0], self.latent_grids[-1]}:
+                x = self.example(vae, direction, batch=1, grid=grid)
+                self.check_sharded(vae, direction, x, world, self.fp32_bound)
+
+    @both_directions
     def test_sharded_in_tiles_equals_whole(self, vae: VAE, direction: Direction) -> None:
         """Float32, item by item."""
         x = self.example(vae, direction)
