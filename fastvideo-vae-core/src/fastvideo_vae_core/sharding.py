@@ -32,12 +32,13 @@ class Sharding:
     Every rank makes the same plan, and the same call with the same weights and the whole input.
 
     Attributes:
-        group: what the ranks talk through. After a ShardError it is of no use any more.
+        group: what the ranks talk through. After an exception inside a call it is of no use any more.
         axis: the axis behind (B, C) that is cut into slabs. None: the one that the fewest steps need whole, and the
             longest of those.
         destination: the rank that gets the whole result; every other gets its slab of it. None: every rank gets its
             slab, whose place is `span`.
-        timeout: seconds that a rank waits for others before it gives up.
+        timeout: seconds that a rank waits for others before it gives up. NCCL has a deadline of its own, which the
+            group is made with and at which the process ends; let that one be longer.
         pixels: decoded pictures become the levels that a file has, as `media.images.to_uint8` makes them, before they
             are sent: uint8, a quarter of float32 and half of bfloat16.
         line: how this rank is connected with the others.

@@ -34,10 +34,13 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     """
     options.device = _own_device(options.device)
     backend = "nccl" if options.device.startswith("cuda") else "gloo"
+    seconds = options.timeout
     if backend == "nccl":
         torch.cuda.set_device(options.device)
+        # NCCL's own watchdog ends the process without a word, so it must not be the first.
+        seconds = 2 * seconds + 60
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the ranks do not come together ({reason}); start all of them with one torchrun") from None
