@@ -2,14 +2,15 @@
 
     torchrun --nproc-per-node=2 tools/bench_sharding.py
 
-Published configurations, random weights, bfloat16. Where DistVAE and diffusers are installed, DistVAE decodes SDXL's
-picture in the same run. `--tiny` is a rehearsal over Gloo on the CPU, whose times mean nothing.
+Published configurations, random weights, bfloat16. Where DistVAE and diffusers are installed, they decode the same in
+the same run. `--tiny` is a rehearsal over Gloo on the CPU, whose times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -160,8 +161,7 @@ def measure(case: Case, device: torch.device, tiny: bool, runs: int) -> None:
         ]
         say(f"| {' | '.join(cells)} |")
     del made, whole
-    if case.arch is SDXL:
-        beside_distvae(model, z, runs, device)
+    beside_distvae(model, z, runs, device)
 
 
 def built(case: Case, device: torch.device, tiny: bool) -> Any:
@@ -176,31 +176,26 @@ def beside_distvae(model: Any, z: Tensor, runs: int, device: torch.device) -> No
     """diffusers' decoder on one device and under DistVAE, with the same weights."""
     try:
         diffusers: Any = importlib.import_module("diffusers")
-        adapters: Any = importlib.import_module("distvae.modules.adapters.vae.decoder_adapters")
+        distvae: Any = importlib.import_module("distvae.vae")
     except ImportError as error:
         say(f"\nDistVAE was not measured: {error}.\n")
         return
-    arch = model.config.arch_config
-    theirs = diffusers.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=arch.latent_channels,
-        block_out_channels=arch.block_out_channels,
-        layers_per_block=arch.layers_per_block,
-        down_block_types=arch.down_block_types,
-        up_block_types=arch.up_block_types,
-        norm_num_groups=arch.norm_num_groups,
-    )
+    diffusers.logging.set_verbosity_error()
+    kind = getattr(diffusers, type(model).__name__)
+    known = inspect.signature(kind.__init__).parameters
+    arch = model.config.arch_config.to_dict()
+    theirs = kind(**{name: each for name, each in arch.items() if name in known})
+    theirs.use_framewise_decoding = False
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs = theirs.to(device, model.dtype).eval()
     first = dist.get_rank() == 0
     whole, one, peak = timed(lambda: theirs.decode(z).sample, runs, device) if first else (None, 0.0, 0.0)
     dist.barrier()
     try:
-        theirs.decoder = adapters.DecoderAdapter(theirs.decoder).to(device)
+        distvae.parallelize_decoder(theirs, dist.group.WORLD)
         made, all_, shared_peak = timed(lambda: theirs.decode(z).sample, runs, device)
     except Exception as error:
-        say(f"\nDistVAE failed: {type(error).__name__}: {error}.\n")
+        say(f"| diffusers, and DistVAE refuses: {error} | {one:.1f} | | | {peak:.1f} | | | | |")
         return
     if first:
         cells = [f"{one:.1f}", f"{all_:.1f}", f"{one / all_:.2f}x", f"{peak:.1f}, {shared_peak:.1f}"]

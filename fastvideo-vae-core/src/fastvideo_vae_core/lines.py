@@ -51,6 +51,8 @@ class Line:
                 left = max(began + self.timeout - time.monotonic(), 1e-3)
                 if not work.wait(timedelta(seconds=left)):
                     raise RuntimeError("aborted")
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # What backends raise, for a timeout and a closed connection alike.
             raise self._failure(peers, time.monotonic() - began) from error
