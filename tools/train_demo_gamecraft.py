@@ -24,7 +24,7 @@ import demo_video
 from demo_video import POLISH_STAGES, SMALL_STAGES, Miniature, Recipe, orthogonal
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops.attention import GridAttention
-from fastvideo_vae_core.ops.clip import CausalConv
+from fastvideo_vae_core.ops.clip import CausalConv, Run
 from fastvideo_vae_gamecraft.config import HunyuanVideoArchConfig
 from fastvideo_vae_gamecraft.model import AutoencoderKLHunyuanVideo
 from fastvideo_vae_gamecraft.network import Decoder, Downsample, Encoder, ResnetBlock, Upsample
@@ -100,7 +100,7 @@ class SideBySide(CausalConv):
     For as few channels as here that is several times as fast as a convolution in three dimensions.
     """
 
-    def forward(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    def forward(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         step, *around = self.conv.stride
         frames = 1 + (data.shape[2] - self.taps) // step
         windows = [data[:, :, tap : tap + 1 + step * (frames - 1) : step] for tap in range(self.taps)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, rows_of
 from fastvideo_vae_core.ops.rms_norm import Modulation, PixelNorm, RMSNorm, pixel_norm_silu, rms_norm_silu
+from fastvideo_vae_core.sharding import Sharding
+from fastvideo_vae_core.strips import Strip
 from fastvideo_vae_core.testing.interpreter import interpreted
+from fastvideo_vae_core.testing.ranks import on_ranks
 
 FORMULATIONS = pytest.mark.parametrize("stacked", [False, True], ids=["conv3d", "windows"])
 
@@ -49,7 +52,7 @@ def test_a_strided_layer_begins_with_the_last_frame_it_kept(stacked: bool) -> No
 
 def surrounded(conv: CausalConv3d, x: Tensor) -> Tensor:
     """One convolution over everything, with copies of the first and last frames around it, and reflections."""
-    rows, columns = conv.inset
+    rows, columns = conv.inset(Cache(x.device))
     x = F.pad(x, (0, 0, 0, 0, conv.memory - conv.ahead, conv.ahead), mode="replicate")
     x = F.pad(x, (columns, columns, rows, rows, 0, 0), mode="reflect") if rows else x
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
@@ -224,3 +227,63 @@ def test_kernels_equal_their_definitions() -> None:
     assert len(errors) == 36
     # A few units in the last place of float32.
     assert max(errors.values()) < 1e-5, errors
+
+
+@FORMULATIONS
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("axis", [1, 2], ids=["rows", "columns"])
+@pytest.mark.parametrize("border", ["zeros", "reflect"])
+def test_strips_of_several_ranks_equal_the_whole(
+    stacked: bool, world: int, axis: int, border: Literal["zeros", "reflect"]
+) -> None:
+    """Two convolutions in a row, in pieces, over fewer and more ranks than there are rows."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 4, 4, dtype=torch.float64)
+    layers = [CausalConv3d(3, 3, edge="copies", ahead=ahead, border=border).double() for ahead in (1, 0)]
+    layers.append(CausalConv3d(3, 3, border=border).double())
+    for layer in layers:
+        layer.requires_grad_(False)
+        layer.stacked = stacked
+
+    def run(cache: Cache) -> Tensor:
+        made = []
+        for index, piece in enumerate(pieces := x.split([2, 0, 3, 1], 2)):
+            cache.last = index == len(pieces) - 1
+            y = cache.own(piece)
+            for layer in layers:
+                y = layer(y, cache)
+            made.append(y)
+        return torch.cat(made, 2)
+
+    def on_rank(group: Any) -> Tensor:
+        strip = Strip(Sharding(group=group, axis=axis, timeout=20), 4)
+        return x.narrow(2 + axis, 0, 0) if strip.empty else run(Cache(x.device, strip))
+
+    made = torch.cat(on_ranks(world, on_rank), 2 + axis)
+    assert torch.allclose(made, run(Cache(x.device)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_a_strip_is_widened_gathered_and_cut(world: int) -> None:
+    x = torch.arange(2 * 9 * 2, dtype=torch.float64).view(1, 1, 2, 9, 2)
+
+    def on_rank(group: Any) -> list[Tensor]:
+        cache = Cache(x.device, strip := Strip(Sharding(group=group, axis=1, timeout=20), 3))
+        own = cache.own(x)
+        if strip.empty:
+            return [own]
+        wide = cache.widened(own, 1, 2)
+        latents = own[:, :, :, ::3]
+        return [own, wide, cache.narrowed(wide, 1, 2), cache.gathered(latents)]
+
+    found = on_ranks(world, on_rank)
+    assert torch.equal(torch.cat([own for own, *_ in found], 3), x)
+    start = 0
+    for own, *others in found:
+        stop = start + own.shape[3]
+        if others:
+            wide, narrow, whole = others
+            assert torch.equal(wide, x[:, :, :, max(start - 1, 0) : stop + 2])
+            assert torch.equal(narrow, own)
+            assert torch.equal(whole, x[:, :, :, ::3])
+        start = stop

@@ -318,9 +318,11 @@ def test_no_family_no_demo(run: Command) -> None:
         assert_fails(run("demo", "--family", "toy_image"), "ships no demonstration")
 
 
-def test_the_demonstration_of_every_installed_family(desk: Path) -> None:
+@pytest.mark.parametrize("medium", ["image", "audio", pytest.param("video", marks=pytest.mark.slow)])
+def test_the_demonstration_of_every_installed_family(desk: Path, medium: str) -> None:
+    """Those of video take half a minute; the test of the wheels runs them, too."""
     for family in json.loads(python("-m", "fastvideo_vae_core", "families", "--json")):
-        if family["demo"]:
+        if family["demo"] and family["components"][0]["media"] == medium:
             name = family["name"]
             demo = python("-m", "fastvideo_vae_core", "demo", "--family", name, "--output", name, "--json")
             # What a miniature must reach on media that it has not seen.
@@ -546,11 +548,16 @@ def test_a_device_that_is_not_there(run: Command) -> None:
 
 
 def test_out_of_memory_names_the_way_out(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    encoded = Picture._encode
+
+    def full(self: Picture, x: torch.Tensor) -> torch.Tensor:
+        # Plans predict on shapes alone, which take no memory.
+        if not x.is_meta:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return encoded(self, x)
 
     monkeypatch.setattr(Picture, "_encode", full)
-    assert_fails(encode(run), "encode of 1 x 3 x 46 x 62 ran out of memory", "--memory-budget")
+    assert_fails(encode(run), "encode of (1, 3, 46, 62) ran out of memory", "no smaller plan; pass --memory-budget")
 
 
 # -------------------------------------------------------------------- the frame around the commands
@@ -605,6 +612,22 @@ def test_a_bar_shows_only_to_somebody_who_watches(
     assert bar() == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert "encode" in bar()
+    assert bar(json=True) == bar(quiet=True) == ""
+
+
+def test_a_bar_shows_the_units_of_a_call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def bar(**settings: bool) -> str:
+        shown = console.Console(**{"json": False, "quiet": False, **settings})
+        with shown.units("decode") as progress:
+            # The second attempt has more of them.
+            for units in ((0, 1), (0, 3), (1, 3), (2, 3), (3, 3)):
+                progress(*units)
+        return capsys.readouterr().err
+
+    assert bar() == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    assert "decode" in bar()
     assert bar(json=True) == bar(quiet=True) == ""
 
 

@@ -20,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastvideo_vae_core.errors import ConfigError, ShardError
+from fastvideo_vae_core.errors import ConfigError, ShapeError, ShardError
+from fastvideo_vae_core.media.images import to_uint8
 from fastvideo_vae_core.ops.norm import Moments
-from fastvideo_vae_core.sharding import Ranks, Sharding, run_sharded
+from fastvideo_vae_core.ranks import Ranks
+from fastvideo_vae_core.sharding import Sharding, run_sharded
 from fastvideo_vae_core.testing.ranks import on_ranks
 from fastvideo_vae_core.testing.threads import single_thread
 from fastvideo_vae_core.testing.toys import Toy, ToyImage, toy
@@ -196,13 +198,79 @@ class TestPlan:
         assert on_ranks(3, call) == [[True, False]] * 3
 
 
+class TestPixels:
+    @pytest.mark.parametrize("world", [2, 3, 5])
+    def test_they_are_those_of_one_device_bit_for_bit_and_nothing_else_is_sent(
+        self, world: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        vae, z = decoder(), latents()
+        whole = vae.decode(z).sample
+        sent: list[torch.dtype] = []
+        assemble = Ranks.assemble
+
+        def noted(self: Ranks, own: Tensor, size: int) -> Tensor:
+            sent.append(own.dtype)
+            return assemble(self, own, size)
+
+        monkeypatch.setattr(Ranks, "assemble", noted)
+
+        def call(group: Any) -> Tensor:
+            return vae.decode(z, plan=vae.plan_decode(LATENTS, mesh=over(group, pixels=True))).sample
+
+        first, *others = on_ranks(world, call)
+        assert torch.equal(first, to_uint8(whole))
+        assert sent == [torch.uint8] * world
+        assert {made.dtype for made in others} == {torch.uint8}
+
+    def test_a_stream_sends_them_too(self) -> None:
+        vae, z = decoder(), latents().expand(2, -1, -1, -1)
+        sharding = {"pixels": True}
+        pieces = on_ranks(2, lambda group: list(vae.decode_stream(z, mesh=over(group, **sharding))))
+        assert torch.equal(torch.cat(pieces[0]), to_uint8(vae.decode(z).sample))
+        assert pieces[1] == []
+
+    def test_what_no_pixel_can_show_is_refused(self) -> None:
+        z = latents()
+        z[0, 0, -1, -1] = torch.nan
+        with pytest.raises((ShapeError, ShardError), match="NaN"):
+            on_ranks(
+                2, lambda group: decoder().decode(z, plan=decoder().plan_decode(LATENTS, mesh=over(group, pixels=True)))
+            )
+
+
+class TestStreams:
+    def test_a_reader_who_leaves_ends_the_others(self) -> None:
+        """Whoever gets the pieces may stop; nobody else may wait for it then."""
+        vae, z, started = decoder(), latents().expand(4, -1, -1, -1), time.monotonic()
+
+        def call(group: Any) -> str:
+            stream = vae.decode_stream(z, mesh=over(group, timeout=60.0))
+            if group.rank() == 0:
+                next(stream)
+                stream.close()  # type: ignore[attr-defined]
+                return ""
+            with pytest.raises(ShardError) as caught:
+                list(stream)
+            return str(caught.value)
+
+        _, said = on_ranks(2, call)
+        assert "rank 0 failed with GeneratorExit" in said
+        assert time.monotonic() - started < 10
+
+    def test_it_needs_a_rank_that_gets_the_pieces(self) -> None:
+        with pytest.raises(ConfigError, match="destination"):
+            on_ranks(2, lambda group: list(decoder().decode_stream(latents(), mesh=over(group, destination=None))))
+
+
 def graded(vae: Toy, group: Any, x: Tensor) -> Tensor:
     with torch.enable_grad():
         return vae.decode(x, plan=vae.plan_decode(LATENTS, mesh=group)).sample
 
 
 class TestFailure:
-    def test_a_rank_that_raises_makes_the_others_fail_with_its_reason(self) -> None:
+    @pytest.mark.parametrize("world", [2, 3, 5])
+    def test_a_rank_that_raises_makes_the_others_fail_at_once_with_its_reason(self, world: int) -> None:
+        """Long before their time is over, and however far away they are."""
         z, started = latents(), time.monotonic()
 
         def call(group: Any) -> str:
@@ -210,14 +278,14 @@ class TestFailure:
             if group.rank() == 1:
                 last_convolution(vae).register_forward_pre_hook(fail)
             with pytest.raises(ArithmeticError if group.rank() == 1 else ShardError) as caught:
-                vae.decode(z, plan=vae.plan_decode(LATENTS, mesh=over(group, timeout=2.0)))
+                vae.decode(z, plan=vae.plan_decode(LATENTS, mesh=over(group, timeout=60.0)))
             return str(caught.value)
 
-        first, own, last = on_ranks(3, call)
+        first, own, *others = on_ranks(world, call)
         assert own == "out of luck"
-        for said in (first, last):
+        for said in (first, *others):
             assert "rank 1 failed with ArithmeticError: out of luck" in said
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 5
 
 
 def fail(*_: object) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvideo_vae_core.ops.conv1d import Sum, _gathered, arrange, conv1d, needs, upsample1d
+from fastvideo_vae_core.ops.conv1d import Sum, _folded, _gathered, _interleaved, arrange, conv1d, needs, upsample1d
 from fastvideo_vae_core.ops.snake import Snake, snake, snake_pointwise
 from fastvideo_vae_core.testing.interpreter import interpreted
 from fastvideo_vae_core.testing.parity import relative_error
@@ -72,6 +72,26 @@ def test_a_product_over_gathered_inputs_is_the_convolution() -> None:
         conv = nn.Conv1d(8, 6, kernel, stride, padding, dilation, bias=False, dtype=torch.float64)
         x = arrange(torch.randn(2, 8, samples, dtype=torch.float64))
         assert relative_error(_gathered(x, conv), conv(x)) <= 1e-15
+
+
+@pytest.mark.parametrize("samples", [60, 47])
+@pytest.mark.parametrize(("kernel", "dilation", "times"), [(7, 3, 3), (11, 5, 5), (3, 5, 0), (3, 1, 2)])
+def test_rows_of_the_dilation_make_the_dilated_convolution(
+    samples: int, kernel: int, dilation: int, times: int
+) -> None:
+    conv = nn.Conv1d(8, 6, kernel, 1, times * dilation, dilation, bias=False, dtype=torch.float64)
+    x = torch.randn(2, 8, samples, dtype=torch.float64)
+    assert relative_error(_folded(x, conv), conv(x)) <= 1e-15
+    assert relative_error(_folded(x.mT.contiguous().mT, conv), conv(x)) <= 1e-15
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(16, 6, 5), (15, 5, 5), (8, 2, 3), (4, 2, 1), (6, 3, 2), (2, 2, 0)]
+)
+def test_interleaved_outputs_are_the_transposed_convolution(kernel: int, stride: int, padding: int) -> None:
+    conv = nn.ConvTranspose1d(8, 6, kernel, stride, padding, bias=False, dtype=torch.float64)
+    x = torch.randn(2, 8, 19, dtype=torch.float64)
+    assert relative_error(_interleaved(x, conv), conv(x)) <= 1e-15
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")

@@ -27,6 +27,7 @@ class TestToyImage(ConformanceSuite):
 class TestToyVideo(ConformanceSuite):
     latent_grids = ((1, 1, 1), (1, 2, 3), (4, 3, 2), (5, 3, 4))
     stream_axis = 2
+    shares_streams = False
 
     def tiny(self) -> Toy:
         return toy(ToyVideo)

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastvideo_vae_core.blending import Blend
     from fastvideo_vae_core.config import VAEArchConfig, VAEConfig
     from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
     from fastvideo_vae_core.errors import (
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastvideo_vae_core.vae import ParallelTiledVAE
 
 _HOME = {
+    "blending": ("Blend",),
     "config": ("VAEArchConfig", "VAEConfig"),
     "distribution": ("DiagonalGaussianDistribution",),
     "errors": (
@@ -53,6 +55,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Blend",
     "Captured",
     "CheckpointError",
     "Component",

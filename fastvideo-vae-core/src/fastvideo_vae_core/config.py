@@ -78,6 +78,8 @@ class VAEConfig(_Checked):
         fp16: what a float16 half does about overflow. `upcast` computes in float32 with the float16 weights; `retry`
             computes in float16, and again in float32 when the result is not finite, with a warning; `off` returns what
             float16 gives. `auto` is `upcast` on a CPU and where the checkpoint says `force_upcast`, else `retry`.
+        out_of_memory: `retry`: where a call runs out of a device's memory it begins anew, once, in a plan with the same
+            numbers that takes less, with a warning; `raise` leaves the error to the caller.
         illegal_sizes: `refuse` sizes that the architecture does not map to whole latents, with a ShapeError that names
             the nearest ones; or do what the `official` implementation does, which drops or cuts without a word.
         use_slicing: one item of the batch at a time.
@@ -92,6 +94,7 @@ class VAEConfig(_Checked):
     encode_dtype: Dtype | None = None
     decode_dtype: Dtype | None = None
     fp16: Fp16Policy = "auto"
+    out_of_memory: Literal["retry", "raise"] = "retry"
     illegal_sizes: Literal["refuse", "official"] = "refuse"
     use_slicing: bool = False
     use_tiling: bool = False

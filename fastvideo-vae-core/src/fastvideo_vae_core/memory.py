@@ -1,11 +1,15 @@
-"""Predicted peak memory of a computation, found by running it on shapes alone."""
+"""Predicted memory and work of a computation, found by running it on shapes alone."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastvideo_vae_core.errors import ConfigError
+from fastvideo_vae_core.rehearsal import rehearsing
 
 # What PyTorch's allocator on GPUs rounds every tensor up to.
 _BLOCK = 512
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_META = torch.device("meta")
+
+Item = TypeVar("Item")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -41,43 +50,166 @@ def format_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def predicted_peak(run: Callable[[Tensor], Any], shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of tensors that are alive at the worst moment of `run`, its input and result among them.
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a call will take.
 
-    `run` must live on the meta device. Attention counts as one kernel that keeps no matrix of scores, which holds for
-    the fused kernels of GPUs and CPUs. Workspaces that convolution libraries take for themselves are not counted.
+    Attributes:
+        peak: bytes of the device's memory at the worst moment.
+        work: multiplications of convolutions, linear maps and attention.
+        uploaded, downloaded: bytes of grids that come from the host, and that go there.
+        steps: what was seen of each step, where there are any (`tiling.Passed`).
     """
-    with _LiveBytes() as live, _FusedAttention(), torch.no_grad():
-        # Made inside, so that it counts.
-        run(torch.empty(tuple(shape), dtype=dtype, device="meta"))
-    return live.peak
+
+    peak: int
+    work: float = 0.0
+    uploaded: float = 0.0
+    downloaded: float = 0.0
+    steps: Sequence[Any] = ()
+
+    def __add__(self, size: int) -> Forecast:
+        """The same beside something else that is there all the time."""
+        return replace(self, peak=self.peak + size)
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Sums the storages that are alive, as operations make them and Python drops them."""
+def forecast(
+    run: Callable[[Tensor], Any],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device = _META,
+    weights: Iterable[Tensor] = (),
+) -> Forecast:
+    """What `run` will take, which must live on the meta device; its input and result count.
 
-    def __init__(self) -> None:
+    device: that of the call, whose kernels and layouts count.
+    weights: what is there before; neither they nor views of them count.
+
+    Attention counts as one kernel that keeps no matrix of scores, which holds for the fused kernels of GPUs and CPUs.
+    Workspaces that convolution libraries take for themselves are not counted.
+    """
+    seen = Rehearsal(device, weights)
+    before = _UNDER_WAY.set(seen)
+    try:
+        with rehearsing(device), seen, _FusedAttention(seen), torch.no_grad():
+            # Made inside, so that it counts.
+            run(torch.empty(tuple(shape), dtype=dtype, device="meta"))
+    finally:
+        _UNDER_WAY.reset(before)
+    return Forecast(
+        peak=seen.peak, work=seen.work, uploaded=seen.uploaded, downloaded=seen.downloaded, steps=seen.steps
+    )
+
+
+def predicted_peak(run: Callable[[Tensor], Any], shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of tensors that are alive at the worst moment of `run`; see `forecast`."""
+    return forecast(run, shape, dtype).peak
+
+
+def rehearsal() -> Rehearsal | None:
+    """The one that is under way."""
+    return _UNDER_WAY.get()
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Within it, what a rehearsal makes lies in another memory than that of its device, and does not count."""
+    seen = rehearsal()
+    if seen is None:
+        yield
+        return
+    counts, seen.counts = seen.counts, False
+    try:
+        yield
+    finally:
+        seen.counts = counts
+
+
+def excerpt(items: Iterable[Item], kind: Callable[[Item], Hashable]) -> list[tuple[Item, int]]:
+    """Items, and for how many each stands. In a rehearsal the first and the last of each kind tell the memory of all;
+    the last one stands for the rest, and others for none. Elsewhere each stands for itself."""
+    items = list(items)
+    if rehearsal() is None:
+        return [(item, 1) for item in items]
+    kinds = [kind(item) for item in items]
+    total, met, found = Counter(kinds), Counter[Hashable](), []
+    for item, each in zip(items, kinds, strict=True):
+        met[each] += 1
+        found.append((item, int(met[each] == 1) if met[each] < total[each] else max(total[each] - 1, 1)))
+    return found
+
+
+@contextmanager
+def standing_for(times: int) -> Iterator[None]:
+    """Within it, what a rehearsal does counts so often."""
+    seen = rehearsal()
+    if seen is None:
+        yield
+        return
+    before, seen.times = seen.times, seen.times * times
+    try:
+        yield
+    finally:
+        seen.times = before
+
+
+class Rehearsal(TorchDispatchMode):
+    """Sums the storages that are alive, as operations make them and Python drops them, and the multiplications.
+
+    Attributes:
+        counts: whether what is made lies in the device's memory.
+        times: for how many alike the operation stands that is being done.
+        steps: see `Forecast`.
+    """
+
+    def __init__(self, device: torch.device, weights: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._known: set[int] = set()
+        self.live = self.peak = self._since = 0
+        self.work = self.uploaded = self.downloaded = 0.0
+        self.counts, self.times = True, 1
+        self.steps: Sequence[Any] = ()
+        self._on_gpu = device.type == "cuda"
+        self._known = {each.untyped_storage()._cdata for each in weights}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if (multiplications := _WORK.get(func)) is not None:
+            self.work += self.times * multiplications(result, *args)
+        if self._on_gpu and func is torch.ops.aten.convolution.default:
+            result = self._laid_out(result, args[0], args[1])
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
         return result
 
+    def since(self) -> int:
+        """The peak since this was asked last."""
+        found, self._since = self._since, self.live
+        return found
+
+    def _reached(self, live: int) -> None:
+        self._since = max(self._since, live)
+        self.peak = max(self.peak, live)
+
+    def _laid_out(self, made: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """What a convolution makes, in the layout that it has on a GPU: channels-last if either operand is. The other
+        is copied into that layout, for as long as the convolution runs; the meta device knows nothing of it."""
+        layout = _CHANNELS_LAST.get(x.ndim)
+        if layout is None or not any(_is_channels_last(each, layout) for each in (x, weight)):
+            return made
+        copies = sum(each.nbytes for each in (x, weight) if not each.is_contiguous(memory_format=layout))
+        self._reached(self.live + copies + made.nbytes)
+        return torch.empty_like(made, memory_format=layout)
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._known:
             return
-        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        size = -(-storage.nbytes() // _BLOCK) * _BLOCK if self.counts else 0
         self._known.add(key)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self._reached(self.live)
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
@@ -85,12 +217,38 @@ class _LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+def _is_channels_last(x: Tensor, layout: torch.memory_format) -> bool:
+    """Whether a convolution takes it for channels-last: not where both layouts are one."""
+    return x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+
+
+def _convolving(made: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
+    transposed = rest[4]
+    return (x if transposed else made).numel() * weight[0].numel()
+
+
+_UNDER_WAY: ContextVar[Rehearsal | None] = ContextVar("rehearsal", default=None)
+
+_WORK: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.convolution.default: _convolving,
+    torch.ops.aten.mm.default: lambda made, x, _: made.numel() * x.shape[-1],
+    torch.ops.aten.bmm.default: lambda made, x, _: made.numel() * x.shape[-1],
+    torch.ops.aten.addmm.default: lambda made, _, x, *rest: made.numel() * x.shape[-1],
+}
+
+
 class _FusedAttention(TorchFunctionMode):
     """On the meta device attention would fall back to the formula with the whole matrix of scores."""
+
+    def __init__(self, seen: Rehearsal) -> None:
+        super().__init__()
+        self._seen = seen
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return torch.empty_like(args[0])
+            queries, keys = args[:2]
+            self._seen.work += self._seen.times * 2 * queries.numel() * keys.shape[-2]
+            return torch.empty_like(queries)
         return func(*args, **(kwargs or {}))

@@ -10,15 +10,31 @@ borders spoiled is cut off.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.grids import (
+    Anew,
+    Courier,
+    Grid,
+    Held,
+    Making,
+    Place,
+    Region,
+    Slabs,
+    layout_of,
+    passed_by,
+    prepare,
+    reachable,
+)
+from fastvideo_vae_core.memory import excerpt, rehearsal, standing_for
 from fastvideo_vae_core.ops.norm import Moments
+from fastvideo_vae_core.rehearsal import device_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +124,31 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What a rehearsal saw of a step.
+
+    Attributes:
+        step: the step.
+        reads: numbers of the steps that made what it reads; -1 is the network's input.
+        kept: likewise of what somebody reads later, the grid itself not among them.
+        sizes: of the grids that it reads, along each axis behind (B, C).
+        made: bytes of the grid that it made.
+        peak: bytes that were there at the worst moment of the step.
+        work: multiplications.
+        following: whether a norm asks for the statistics of that grid.
+    """
+
+    step: Step
+    reads: tuple[int, ...]
+    kept: tuple[int, ...]
+    sizes: tuple[int, ...]
+    made: int
+    peak: int
+    work: float
+    following: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """A part of a step, for those who have only a part of its input.
 
@@ -128,26 +169,81 @@ class Part:
         return cls(sizes=tuple(sizes), begin=(0,) * len(sizes), region=tuple((0, size) for size in made))
 
 
-def run_steps(steps: Sequence[Step], x: Tensor, tile: Sequence[int]) -> Tensor:
+def run_steps(
+    steps: Sequence[Step],
+    x: Tensor,
+    tile: Sequence[int],
+    places: Sequence[Place] = (),
+    host_shares: Sequence[float] = (),
+    done: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Run the steps tile by tile; the same numbers as running them at once, up to the order of additions.
 
     x: (B, C, ...); tile: extent of a tile along each axis behind (B, C), in elements of the finer of the two grids that
     a step goes between, because that one decides the memory of a tile.
+    places: where each step's grid lies; by default all lie in one tensor on the device, as the last one always does.
+    host_shares: of each step's grid in slabs, how much of it lies on the host; by default nothing.
+    done: told behind each tile of a step.
     A grid is released after its last reader. Statistics are gathered while tiles are written.
     """
-    grids, moments = {"x": x}, dict[str, Moments | None]()
-    for index, step in enumerate(steps):
-        reads = [grids[name] for name in step.reads]
-        later = steps[index + 1 :]
-        known = None if step.norm is None else _moments(reads[0], step.norm, moments.get(step.reads[0]))
-        whole = Part.whole(step, reads[0].shape[2:])
-        made, gathered = run_step(step, reads, known, tile, next_norm(step, later), whole)
-        del reads
-        grids[step.writes], moments[step.writes] = made, gathered
-        for name in list(grids):
-            if name != step.writes and not readers(name, later):
-                del grids[name]
-    return grids[steps[-1].writes]
+    begin = (0,) * (x.ndim - 2)
+    grids: dict[str, Grid] = {"x": Held(index=-1, sizes=tuple(x.shape[2:]), data=x, begin=begin)}
+    moments = dict[str, Moments | None]()
+    seen, passed = rehearsal(), list[Passed]()
+    with Courier(device_of(x), real=not x.is_meta) as courier:
+        for index, step in enumerate(steps):
+            place = places[index] if index < len(steps) - 1 and places else "device"
+            reads = tuple(grids[name] for name in step.reads)
+            later = steps[index + 1 :]
+            known = None
+            if step.norm is not None:
+                known = _moments(reads[0], step.norm, moments.get(step.reads[0]), tile, courier)
+            whole, following = Part.whole(step, reads[0].sizes), next_norm(step, later)
+            left = {name: grid for name, grid in grids.items() if name != step.writes and readers(name, later)}
+            kept = reachable([*left.values(), *(reads if place == "anew" else ())])
+            dying = [grid for grid in reachable(grids.values()) - kept if isinstance(grid, Slabs)]
+            # What nobody reads any more goes before the step, but for what it reads itself.
+            grids = dict(left)
+            share = host_shares[index] if host_shares else 0.0
+            before = 0.0 if seen is None else seen.work
+            if seen is not None:
+                seen.since()
+            made, gathered = _run_step(
+                step, reads, known, tile, following, whole, courier, place, dying=dying, host_share=share, done=done
+            )
+            sizes = tuple(stop for _, stop in whole.region)
+            if isinstance(made, Tensor):
+                grids[step.writes] = Held(index=index, sizes=sizes, data=made, begin=begin)
+            elif made is not None:
+                grids[step.writes] = replace(made, index=index)
+            else:
+                grids[step.writes] = Anew(index=index, sizes=sizes, step=step, reads=reads, moments=known)
+            moments[step.writes] = gathered
+            if seen is not None:
+                passed.append(
+                    Passed(
+                        step=step,
+                        reads=tuple(each.index for each in reads),
+                        sizes=reads[0].sizes,
+                        kept=tuple(each.index for each in left.values()),
+                        made=_bytes(made),
+                        peak=seen.since(),
+                        work=seen.work - before,
+                        following=following is not None,
+                    )
+                )
+            del reads, made, dying, kept
+    if seen is not None:
+        seen.steps = passed
+    last = grids[steps[-1].writes]
+    assert isinstance(last, Held)
+    return last.data
+
+
+def _bytes(grid: Tensor | Slabs | None) -> int:
+    if isinstance(grid, Slabs):
+        return sum(slab.data.nbytes for slab in grid.slabs)
+    return 0 if grid is None else grid.nbytes
 
 
 def readers(name: str, later: Sequence[Step]) -> list[Step]:
@@ -174,25 +270,88 @@ def run_step(
     tile: Sequence[int],
     following: nn.GroupNorm | None,
     part: Part,
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Moments | None]:
-    """A part of what a step makes, tile by tile, and its statistics for the norm that follows."""
+    """A part of what a step makes, tile by tile, and its statistics for the norm that follows; `done` is told behind
+    each tile."""
+    grids = [Held(index=-1, sizes=part.sizes, data=data, begin=part.begin) for data in reads]
+    with Courier(device_of(reads[0]), real=not reads[0].is_meta) as courier:
+        made, gathered = _run_step(step, grids, moments, tile, following, part, courier, "device", done=done)
+    assert isinstance(made, Tensor)
+    return made, gathered
+
+
+def _run_step(
+    step: Step,
+    reads: Sequence[Grid],
+    moments: Moments | None,
+    tile: Sequence[int],
+    following: nn.GroupNorm | None,
+    part: Part,
+    courier: Courier,
+    place: Place,
+    *,
+    dying: Sequence[Slabs] = (),
+    host_share: float = 0.0,
+    done: Callable[[], None] = lambda: None,
+) -> tuple[Tensor | Slabs | None, Moments | None]:
+    """The same from grids wherever they are, to a grid at a place; None if it lies nowhere.
+
+    dying: grids in slabs that nobody reads afterwards.
+    """
+    if place == "anew" and following is None:
+        return None, None
     wanted = tuple(stop - start for start, stop in part.region)
+    tiles = excerpt(regions(step.axes, part, tile), lambda region: crop_sizes(step.axes, region, part.sizes))
+    makings = [Making(step, tuple(reads), moments, region) for region, _ in tiles]
+    needed = passed_by(makings, dying)
+    axis = next((i for i, (span, all_) in enumerate(zip(tiles[0][0], part.region, strict=True)) if span != all_), 0)
+    slabs = Slabs(index=-1, sizes=wanted, axis=axis + 2)
     made: Tensor | None = None
     gathered: Moments | None = None
-    regions = _regions(step.axes, part, tile)
-    for region in _representatives(step.axes, regions, part.sizes) if reads[0].is_meta else regions:
-        piece = _run_region(step, reads, moments, region, part)
-        if following is not None:
-            own = Moments.of(piece, following.num_groups)
-            gathered = own if gathered is None else gathered.merge(own)
-        if piece.shape[2:] == wanted:
-            return piece, gathered
-        if made is None:
-            made = torch.empty((*piece.shape[:2], *wanted), dtype=piece.dtype, device=piece.device)
-        into = (slice(span[0] - own[0], span[1] - own[0]) for span, own in zip(region, part.region, strict=True))
-        made[(slice(None), slice(None), *into)] = piece
-    assert made is not None
-    return made, gathered
+    like: Callable[[Region], Tensor] = partial(_blank, (1, 1), torch.float32, torch.contiguous_format)
+    coming: Callable[[], Tensor] | None = None
+    for index, (region, times) in enumerate(tiles):
+        make, coming = coming, None
+        upcoming = tiles[index + 1][1] if index + 1 < len(tiles) else 0
+        if not times and not upcoming and place != "slabs":
+            continue
+        with standing_for(times):
+            make = prepare(makings[index], courier) if make is None and times else make
+        if courier.ahead and index + 1 < len(tiles) and (times or upcoming):
+            with standing_for(upcoming):
+                coming = prepare(makings[index + 1], courier)
+        if not times and place != "slabs":
+            continue
+        with standing_for(times):
+            # A rehearsal does not compute every tile, but keeps it.
+            piece = make() if make is not None and times else like(region)
+            # It holds what it is made from.
+            del make
+            done()
+            like = partial(_blank, piece.shape[:2], piece.dtype, layout_of(piece))
+            for grid in dying:
+                grid.release(needed[index][grid])
+            if following is not None and times:
+                own = Moments.of(piece, following.num_groups)
+                gathered = own if gathered is None else gathered.merge(own)
+            local = tuple((a - c, b - c) for (a, b), (c, _) in zip(region, part.region, strict=True))
+            if place == "device":
+                if piece.shape[2:] == wanted:
+                    return piece, gathered
+                if made is None:
+                    made = torch.empty(
+                        (*piece.shape[:2], *wanted),
+                        dtype=piece.dtype,
+                        device=piece.device,
+                        memory_format=layout_of(piece),
+                    )
+                made[(slice(None), slice(None), *(slice(*span) for span in local))] = piece
+            elif place == "slabs":
+                courier.store(piece, slabs, local, local[axis], host_share)
+            del piece
+    courier.settle()
+    return slabs if place == "slabs" else made, gathered
 
 
 def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor], tile: int) -> Iterator[Tensor]:
@@ -228,14 +387,28 @@ def spans(size: int, tile: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _moments(grid: Tensor, norm: nn.GroupNorm, gathered: Moments | None) -> Moments:
+def _blank(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, region: Region) -> Tensor:
+    """A tile without numbers."""
+    sizes = (stop - start for start, stop in region)
+    return torch.empty((*shape, *sizes), dtype=dtype, device="meta", memory_format=layout)
+
+
+def _moments(
+    grid: Grid, norm: nn.GroupNorm, gathered: Moments | None, tile: Sequence[int], courier: Courier
+) -> Moments:
     """Those that were gathered while the grid was written, if they are of the groups that the norm has."""
     if gathered is not None and gathered.mean.shape[1] == norm.num_groups:
         return gathered
-    return Moments.of(grid, norm.num_groups)
+    if isinstance(grid, Held):
+        return Moments.of(grid.data, norm.num_groups)
+    step = Step(name="moments", run=lambda grids, _: grids[0], axes=(POINTWISE,) * len(grid.sizes))
+    _, found = _run_step(step, [grid], None, tile, norm, Part.whole(step, grid.sizes), courier, "anew")
+    assert found is not None
+    return found
 
 
-def _regions(axes: Sequence[Axis], part: Part, tile: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+def regions(axes: Sequence[Axis], part: Part, tile: Sequence[int]) -> Iterator[Region]:
+    """The tiles of a part of a step's grid, each as [start, stop) along every axis."""
     cuts = []
     for axis, size, length, (start, stop) in zip(axes, part.sizes, tile, part.region, strict=True):
         made = axis.output_size(size)
@@ -245,26 +418,7 @@ def _regions(axes: Sequence[Axis], part: Part, tile: Sequence[int]) -> Iterator[
     return itertools.product(*cuts)
 
 
-def _representatives(
-    axes: Sequence[Axis], regions: Iterator[tuple[tuple[int, int], ...]], sizes: Sequence[int]
-) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Without numbers, two tiles of each size tell the memory of all."""
-    seen = Counter[tuple[int, ...]]()
-    for region in regions:
-        needs = (axis.needs(*span, size) for axis, span, size in zip(axes, region, sizes, strict=True))
-        crop = tuple(last - first for first, last in needs)
-        seen[crop] += 1
-        if seen[crop] <= 2:
-            yield region
-
-
-def _run_region(
-    step: Step, reads: Sequence[Tensor], moments: Moments | None, region: tuple[tuple[int, int], ...], part: Part
-) -> Tensor:
-    crop, keep = [slice(None), slice(None)], [slice(None), slice(None)]
-    for axis, (start, stop), size, origin in zip(step.axes, region, part.sizes, part.begin, strict=True):
-        first, last = axis.needs(start, stop, size)
-        crop.append(slice(first - origin, last - origin))
-        skip = start - axis.position(first)
-        keep.append(slice(skip, skip + stop - start))
-    return step.run([grid[tuple(crop)] for grid in reads], moments)[tuple(keep)]
+def crop_sizes(axes: Sequence[Axis], region: Region, sizes: Sequence[int]) -> tuple[int, ...]:
+    """How many elements a region is made from, along each axis."""
+    needs = (axis.needs(*span, size) for axis, span, size in zip(axes, region, sizes, strict=True))
+    return tuple(last - first for first, last in needs)

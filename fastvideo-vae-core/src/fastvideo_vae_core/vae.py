@@ -6,10 +6,9 @@ Shape legend: B batch, C channels; upper case T, H, W, S the sample grid, lower 
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
 import torch
@@ -18,21 +17,33 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastvideo_vae_core import execution
+from fastvideo_vae_core.blending import Blend, BlendedTiles
+from fastvideo_vae_core.budget import choose
 from fastvideo_vae_core.checkpoint import fingerprint
 from fastvideo_vae_core.config import VAEConfig
-from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
+from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.latents import Provenance
-from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
+from fastvideo_vae_core.memory import Forecast, excerpt, forecast, parse_bytes, standing_for
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.sharding import Ranks, Sharding, run_sharded
+from fastvideo_vae_core.rehearsal import device_of, rehearsing
+from fastvideo_vae_core.sharding import Sharding, run_sharded
+from fastvideo_vae_core.strips import Strip
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
+from fastvideo_vae_core.units import Progress, Units, count_parts
 
 Posterior = TypeVar("Posterior")
 
+# The ranks that compute a call together.
+Mesh = DeviceMesh | ProcessGroup | Sharding
+
 # Tiles that a memory budget may choose from, in elements of the grid that is being computed.
 _TILES = (2048, 1024, 512, 256, 128, 64)
+_SLABS = (*_TILES, 32, 16)
+# Predictions that a model remembers.
+_MOST_FORECASTS = 256
 
 
 class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
@@ -56,7 +67,9 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.blend: Blend | None = None
         self._provenance: Provenance | None = None
+        self._forecasts: dict[tuple[Hashable, ...], Forecast] = {}
 
     # ---------------------------------------------------------------- what a family gives
 
@@ -102,25 +115,37 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 
     @overload
     def encode(
-        self, x: Tensor, return_dict: Literal[True] = True, *, plan: Plan | None = None
+        self,
+        x: Tensor,
+        return_dict: Literal[True] = True,
+        *,
+        plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> EncoderOutput[Posterior]: ...
 
     @overload
-    def encode(self, x: Tensor, return_dict: Literal[False], *, plan: Plan | None = None) -> tuple[Posterior]: ...
+    def encode(
+        self, x: Tensor, return_dict: Literal[False], *, plan: Plan | None = None, progress: Progress | None = None
+    ) -> tuple[Posterior]: ...
 
     def encode(
-        self, x: Tensor, return_dict: bool = True, *, plan: Plan | None = None
+        self, x: Tensor, return_dict: bool = True, *, plan: Plan | None = None, progress: Progress | None = None
     ) -> EncoderOutput[Posterior] | tuple[Posterior]:
         """Compress samples in [-1, 1] to a distribution over un-normalised latents.
 
         x: samples in `sample_layout`, on the model's device; computed in the encoder's dtype.
-        plan: from `plan_encode`; without one the configuration decides.
+        plan: from `plan_encode`; without one what the configuration asks for, or else, where the device can say how
+            much memory is free, the fastest that is predicted to fit.
+        progress: called between the units of the plan (items, tiles, layers or pieces of frames) with those that are
+            done and how many there are, from (0, total) on; from 0 anew where a call is computed again. What it raises
+            ends the call, and leaves nothing behind.
 
         Raises:
             ShapeError: the architecture cannot take the shape; the message names the nearest legal ones.
             ConfigError: the encoder was not loaded, or the plan is another call's.
+            MemoryBudgetError: nothing is predicted to fit, or memory ran out, and again in a smaller plan.
         """
-        posterior = self.posterior(self._run("encode", x, plan))
+        posterior = self.posterior(self._run("encode", x, plan, progress))
         return EncoderOutput(posterior) if return_dict else (posterior,)
 
     @overload
@@ -131,6 +156,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         generator: torch.Generator | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> DecoderOutput: ...
 
     @overload
@@ -141,6 +167,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         generator: torch.Generator | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> tuple[Tensor]: ...
 
     def decode(
@@ -150,28 +177,38 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         generator: torch.Generator | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode un-normalised latents to samples, nominally in [-1, 1].
 
         z: (B, latent channels, ...) on the model's device; computed in the decoder's dtype.
         generator: for decoders that draw noise; the others are deterministic and leave it alone.
-        plan: from `plan_decode`; without one the configuration decides.
+        plan, progress: as in `encode`; the plan is from `plan_decode`.
 
         Raises:
             ShapeError: z has the wrong number of axes or channels.
             ConfigError: the decoder was not loaded, or the plan is another call's.
+            MemoryBudgetError: as in `encode`.
         """
-        sample = self._run("decode", z, plan)
+        sample = self._run("decode", z, plan, progress)
         return DecoderOutput(sample) if return_dict else (sample,)
 
-    def encode_stream(self, x: Tensor | Iterable[Tensor]) -> Iterator[Posterior]:
-        """Yield the posterior of each finished piece. Images stream item by item; see `_stream` of video and audio."""
-        for piece in self._stream("encode", (x,) if isinstance(x, Tensor) else x):
+    def encode_stream(self, x: Tensor | Iterable[Tensor], *, mesh: Mesh | None = None) -> Iterator[Posterior]:
+        """Yield the posterior of each finished piece. Images stream item by item; see `_stream` of video and audio.
+
+        mesh: the ranks that compute it together, see `plan_encode`. Each of them has to be given the same chunks and to
+            iterate to the end, but only the destination gets pieces.
+
+        Raises:
+            ConfigError: the network streams on one device only, or no rank is to have the pieces.
+        """
+        for piece in self._streamed("encode", x, mesh):
             yield self.posterior(piece)
 
-    def decode_stream(self, z: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield each finished piece of the samples. Images stream item by item; see `_stream` of video and audio."""
-        return self._stream("decode", (z,) if isinstance(z, Tensor) else z)
+    def decode_stream(self, z: Tensor | Iterable[Tensor], *, mesh: Mesh | None = None) -> Iterator[Tensor]:
+        """Yield each finished piece of the samples. Images stream item by item; see `_stream` of video and audio, and
+        `encode_stream` for the mesh."""
+        return self._streamed("decode", z, mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction through the mode of the posterior; differentiable, for training."""
@@ -187,23 +224,27 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         tile: Sequence[int] | None = None,
         items: int | None = None,
         chunk: int | None = None,
-        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        mesh: Mesh | None = None,
+        blend: Blend | None = None,
     ) -> Plan:
         """Say how `encode` would compute samples of that shape.
 
-        memory_budget: bytes, or a string such as "6GiB"; the plan that recomputes least and is predicted to fit.
+        memory_budget: bytes, or a string such as "6GiB"; the plan that recomputes least and is predicted to fit. "free"
+            is what the device has left, as for calls without a plan; a device that cannot say sets no budget.
         tile: extent of a tile along each axis behind (B, C), instead of the configured one.
         items: items of the batch at a time.
         chunk: latent frames of a piece, for video that streams.
         mesh: the ranks that compute it together: every one makes this plan and then the call, with the same input. The
             first gets the result, the others their slab of it; a `Sharding` says otherwise, and how long to wait.
+        blend: overlapping tiles that are blended, see `enable_blending`.
 
         Raises:
             ShapeError: the architecture cannot take the shape.
-            ConfigError: a chunk for a network that does not stream, or a mesh of several axes.
+            ConfigError: a chunk for a network that does not stream, a mesh of several axes, a blend beside other tiles,
+                a budget or a mesh, or of sizes that do not fit the network.
             MemoryBudgetError: nothing fits; the message says the least that would do.
         """
-        return self._planned("encode", shape, memory_budget, mesh, tile=tile, items=items, chunk=chunk)
+        return self._planned("encode", shape, memory_budget, mesh, blend, tile=tile, items=items, chunk=chunk)
 
     def plan_decode(
         self,
@@ -213,10 +254,11 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         tile: Sequence[int] | None = None,
         items: int | None = None,
         chunk: int | None = None,
-        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        mesh: Mesh | None = None,
+        blend: Blend | None = None,
     ) -> Plan:
         """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
-        return self._planned("decode", shape, memory_budget, mesh, tile=tile, items=items, chunk=chunk)
+        return self._planned("decode", shape, memory_budget, mesh, blend, tile=tile, items=items, chunk=chunk)
 
     # ---------------------------------------------------------------- sizes
 
@@ -274,6 +316,12 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         return next(self.parameters()).device
 
     @property
+    def shares_streams(self) -> bool:
+        """Whether several devices can compute a stream together."""
+        streams, shares = type(self)._stream, type(self)._shared_stream
+        return streams is ParallelTiledVAE._stream or shares is not ParallelTiledVAE._shared_stream
+
+    @property
     def provenance(self) -> Provenance:
         """Which checkpoint this is, as latent files record it."""
         if self._provenance is None:
@@ -304,6 +352,15 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         """Compute the batch at once from now on."""
         self.config = replace(self.config, use_slicing=False)
 
+    def enable_blending(self, blend: Blend) -> None:
+        """Cut into overlapping tiles and blend them from now on: published numbers, not the network's own."""
+        self.config = replace(self.config, use_tiling=False)
+        self.blend = blend
+
+    def disable_blending(self) -> None:
+        """Compute the network's own numbers from now on."""
+        self.blend = None
+
     # ---------------------------------------------------------------- execution
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -313,7 +370,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 weight = module.weight
-                last = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+                last = device_of(weight).type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
                 order = (0, *range(2, weight.ndim), 1) if last else range(weight.ndim)
                 inverse = (0, weight.ndim - 1, *range(1, weight.ndim - 1)) if last else range(weight.ndim)
                 weight.data = weight.data.permute(*order).contiguous().permute(*inverse)
@@ -321,57 +378,34 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
                     module.arrange()
         return self
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
-        plan = self._matching(direction, x, plan)
-        if plan.sharding is None:
-            return self._run_plan(plan, x, None)
-        ranks = Ranks(plan.sharding)
-        with ranks.watched():
-            ranks.agree(_shared_facts(plan), x.device)
-            made = self._run_plan(plan, x, ranks)
-            return ranks.assemble(made, plan.output_shape[ranks.axis])
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
+        return execution.run(self, self._matching(direction, x, plan), x, progress)
 
     def _matching(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
         """The plan, which must be for this call, or one made for it."""
         if plan is None:
-            return self._plan(direction, tuple(x.shape))
+            return self._planned(direction, tuple(x.shape), "free")
         if (plan.direction, plan.input_shape) != (direction, tuple(x.shape)):
             wanted = f"{plan.direction} of {plan.input_shape}"
             raise ConfigError(f"the plan is for {wanted}, not for {direction} of {tuple(x.shape)}; make a new one")
         return plan
-
-    def _run_plan(self, plan: Plan, x: Tensor, ranks: Ranks | None) -> Tensor:
-        """What this device makes of the input: the result, or its slab of it."""
-        direction = plan.direction
-        dtype = self._half_dtype(direction)
-        x = x.to(dtype)
-        result = self._compute(plan, x)
-        overflow = plan.retry and not bool(result.isfinite().all())
-        if plan.retry and ranks is not None:
-            overflow = ranks.agree_on_any(overflow, x.device)
-        if overflow:
-            if not bool(x.isfinite().all()):
-                raise ShapeError(f"the input of {direction} holds NaN or infinity; nothing can be computed from it")
-            warnings.warn(
-                f"{direction} of {plan.input_shape} overflowed in float16 and was computed again in float32;"
-                " bfloat16 does not overflow, VAEConfig(fp16='upcast') skips the first attempt, 'off' this check",
-                stacklevel=4,
-            )
-            result = self._compute(replace(plan, dtype=torch.float32, retry=False), x)
-        return self._finish(direction, result)
 
     def _finish(self, direction: Direction, y: Tensor) -> Tensor:
         """The last touch on what the network made, such as an official clamp; behind the check for overflow, which a
         clamp would hide."""
         return y
 
-    def _compute(self, plan: Plan, x: Tensor) -> Tensor:
+    def _compute(self, plan: Plan, x: Tensor, units: Units | None = None) -> Tensor:
         dtype = x.dtype
+        units = Units() if units is None else units
         model = self if plan.dtype == dtype else self._twin(plan.direction, plan.dtype)
         result: Tensor | None = None
-        for start in range(0, len(x), plan.items):
+        for start, times in excerpt(range(0, len(x), plan.items), lambda start: min(plan.items, len(x) - start)):
+            if not times:
+                continue
             part = x[start : start + plan.items].to(plan.dtype)
-            made = model._execute(plan, part).to(dtype).contiguous()
+            with standing_for(times):
+                made = model._execute(plan, part, units).to(dtype).contiguous()
             if plan.items >= len(x):
                 return made
             if result is None:
@@ -380,24 +414,86 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         assert result is not None
         return result
 
-    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        """Compute some items of a batch in the plan's type, as the plan says."""
+    def _execute(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        """Compute some items of a batch in the plan's type, as the plan says; says `units.begin` and what is done."""
         if plan.in_steps:
-            return self._run_steps(plan, self._steps(plan.direction), x)
-        return self._encode(x) if plan.direction == "encode" else self._decode(x)
+            return self._run_steps(plan, self._steps(plan.direction), x, units)
+        if isinstance(plan.blend, Blend):
+            return self._run_tiles(plan, self._blended_tiles(plan.direction, x.shape, plan.blend), x, units)
+        return self._at_once(plan, x, units)
 
-    def _run_steps(self, plan: Plan, steps: Sequence[Step], x: Tensor) -> Tensor:
+    def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        """Whole grids through the network, in pieces of frames if the plan says so."""
+        units.begin(1)
+        made = self._encode(x) if plan.direction == "encode" else self._decode(x)
+        units.done()
+        return made
+
+    def _run_steps(self, plan: Plan, steps: Sequence[Step], x: Tensor, units: Units) -> Tensor:
         """The network in steps, tile by tile, on this device or together with others."""
+        units.begin(count_parts(steps, x.shape[2:], plan))
         if plan.sharding is not None:
-            return run_sharded(steps, x, plan.tile, plan.sharding)
+            return run_sharded(steps, x, plan.tile, plan.sharding, units.done)
         assert plan.tile is not None
-        return run_steps(steps, x, plan.tile)
+        return run_steps(steps, x, plan.tile, plan.places, plan.host_shares, units.done)
+
+    def _run_tiles(self, plan: Plan, tiles: BlendedTiles, x: Tensor, units: Units) -> Tensor:
+        """The network on each of the tiles that are blended then."""
+        units.begin(len(tiles.crops))
+        return tiles.join(units.each(self._at_once(plan, x[crop], Units()) for crop in tiles.crops))
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        """How an input of that shape is cut and put together.
+
+        Raises:
+            ConfigError: the family has no blended tiles, or not with such sizes.
+        """
+        raise ConfigError(f"{type(self).__name__} has no blended tiles; leave out the blend ({blend})")
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Finished pieces along the axis that streams: for images the batch, one item at a time."""
         for chunk in chunks:
             for item in chunk.split(1):
                 yield self._run(direction, item, None)
+
+    def _streamed(self, direction: Direction, chunks: Tensor | Iterable[Tensor], mesh: Mesh | None) -> Iterator[Tensor]:
+        """The pieces of a stream, on the rank that is to have them."""
+        chunks = (chunks,) if isinstance(chunks, Tensor) else chunks
+        if mesh is None:
+            return self._stream(direction, chunks)
+        sharding = Sharding.over(mesh)
+        if sharding.destination is None:
+            raise ConfigError("a stream needs a rank that gets the pieces; pass a Sharding with a destination")
+        return self._at_destination(self._shared_stream(direction, chunks, sharding), sharding)
+
+    def _at_destination(self, pieces: Iterator[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        with sharding.line.watched():
+            for piece in pieces:
+                if sharding.rank == sharding.destination:
+                    yield piece
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        """`_stream` on several devices, whole pieces at the destination; families that stream in time override it."""
+        if not self.shares_streams:
+            raise ConfigError(f"{type(self).__name__} streams on one device only; leave out the mesh")
+        for chunk in chunks:
+            for item in chunk.split(1):
+                yield self._run(direction, item, self._planned(direction, tuple(item.shape), mesh=sharding))
+
+    def _strip(self, direction: Direction, piece: Tensor, sharding: Sharding) -> Strip:
+        """This rank's strip of the pictures of a stream, of which this is the first piece."""
+        shape = tuple(piece.shape)
+        latents = self.encoded_shape(shape) if direction == "encode" else shape
+        sharding = sharding.along(self._steps(direction), latents[2:])
+        if sharding.axis == 0:
+            raise ConfigError("a stream is cut in rows or columns; leave out axis=0")
+        strip = Strip(sharding, latents[2 + (sharding.axis or 0)])
+        strip.ranks.agree((direction, shape, self._fp16(self._half_dtype(direction)), str(sharding)), piece.device)
+        return strip
+
+    def _sent(self, direction: Direction, made: Tensor, sharding: Sharding) -> Tensor:
+        """What a rank has computed, as the destination is to get it."""
+        return _pixels(made) if sharding.pixels and direction == "decode" else made
 
     def _steps(self, direction: Direction) -> Sequence[Step]:
         return self.encode_steps() if direction == "encode" else self.decode_steps()
@@ -407,18 +503,45 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         direction: Direction,
         shape: Sequence[int],
         memory_budget: int | str | None = None,
-        mesh: DeviceMesh | ProcessGroup | Sharding | None = None,
+        mesh: Mesh | None = None,
+        blend: Blend | None = None,
         **options: Any,
     ) -> Plan:
         """A plan for this device or several, with the options of `_plan`."""
-        if mesh is None:
+        blend = self.blend if blend is None else blend
+        if memory_budget == "free":
+            memory_budget = None
+            if mesh is None and blend is None:
+                return self._fastest(self._plan(direction, tuple(shape), **options), options)
+        if mesh is None and blend is None:
             return self._plan(direction, tuple(shape), memory_budget, **options)
         plan = self._plan(direction, tuple(shape), **options)
-        if plan.blend is not None:
-            raise ConfigError("blended tiles are computed on one device; leave out the mesh, or the blend")
+        if blend is not None:
+            if mesh is not None:
+                raise ConfigError("blended tiles are computed on one device; leave out the mesh, or the blend")
+            if memory_budget is not None or plan.tile is not None:
+                raise ConfigError(f"a blend ({blend}) brings its own tiles; leave out tiling and budgets")
+            self._blended_tiles(direction, shape, blend)
+            return replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole"))
         latents = plan.output_shape if direction == "encode" else plan.input_shape
-        plan = replace(plan, sharding=Sharding.over(mesh).along(self._steps(direction), latents[2:]))
+        sharding = Sharding.over(mesh).along(self._steps(direction), latents[2:])
+        if sharding.pixels and len(shape) < 4:
+            raise ConfigError("sound has no pixels; leave out pixels=True")
+        plan = replace(plan, sharding=sharding)
+        if plan.chunk is not None and options.get("chunk") is None and sharding.axis:
+            # A rank has less of every frame, so it takes more frames at a time, and exchanges are fewer.
+            chunk = self._chunk(direction, plan.input_shape, plan.output_shape, plan.chunk * sharding.world)
+            plan = replace(plan, chunk=chunk)
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
+
+    def _fastest(self, plan: Plan, options: Mapping[str, Any]) -> Plan:
+        """The plan, or a smaller one where it does not fit; what was asked for is not touched."""
+        asked = self.config.use_tiling or self.config.use_slicing or any(each is not None for each in options.values())
+        return plan if asked else execution.fitting(self, plan)
+
+    def _free_bytes(self) -> int | None:
+        """Memory that a call can have; None where the device cannot say."""
+        return execution.free_bytes(self.device)
 
     def _plan(
         self,
@@ -448,7 +571,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             retry=retry,
             chunk=chunk,
             notes=(*notes, *self._formulation(direction, dtype)),
-            _predict=self._predict,
+            _predict=self._forecast,
         )
         return plan if memory_budget is None else self._within(plan, parse_bytes(memory_budget))
 
@@ -476,6 +599,13 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         axes = min(2, len(shape) - 2)
         return [_tile((length,) * axes, shape, output) for length in _TILES if length < largest]
 
+    def _budget_slabs(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
+        """Tiles that are cut along their height only, the largest first; none where there is no height."""
+        if len(shape) < 4:
+            return []
+        height, width = (max(shape[axis], output[axis]) for axis in (-2, -1))
+        return [_tile((rows, width), shape, output) for rows in _SLABS if rows < height]
+
     def _fp16(self, stored: torch.dtype) -> tuple[torch.dtype, bool, tuple[str, ...]]:
         """Type to compute in, whether to retry in float32, and why."""
         if stored != torch.float16:
@@ -493,29 +623,35 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         return stored, policy == "retry", ("float32 again if float16 overflows",) if policy == "retry" else ()
 
     def _within(self, plan: Plan, budget: int) -> Plan:
-        """The first of ever smaller plans that is predicted to fit."""
-        tiles = self._budget_tiles(plan.direction, plan.input_shape, plan.output_shape)
-        candidates = [plan, replace(plan, items=1)]
-        candidates += [replace(plan, items=1, chunk=chunk) for chunk in _halves(plan.chunk)]
-        smallest = candidates[-1]
-        candidates += [replace(smallest, mode="tiled", tile=tile) for tile in tiles]
-        for candidate in candidates:
-            if candidate.peak_bytes <= budget:
-                return replace(candidate, notes=(*candidate.notes, f"chosen for a budget of {format_bytes(budget)}"))
-        least = min(candidate.peak_bytes for candidate in candidates)
-        raise MemoryBudgetError(
-            f"{plan.direction} of {plan.input_shape} needs {format_bytes(least)} or more, the budget is"
-            f" {format_bytes(budget)}; raise it, or take a smaller input or a 16-bit dtype"
-        )
+        """The fastest plan that is predicted to fit."""
+        shapes = plan.direction, plan.input_shape, plan.output_shape
+        return choose(plan, budget, self._budget_tiles(*shapes), self._budget_slabs(*shapes))
 
-    def _predict(self, plan: Plan) -> int:
-        shadow = self._shadow(plan.direction).to(plan.dtype)
+    def _forecast(self, plan: Plan) -> Forecast:
+        """`_predict`, which computes a whole call on shapes alone, once for each plan."""
+        if plan.sharding is not None:
+            return self._predict(plan)
+        facts = (getattr(plan, each.name) for each in fields(plan) if each.compare and each.name != "notes")
+        key = (*facts, self._half_dtype(plan.direction))
+        if key not in self._forecasts:
+            # Not to grow for ever, where shapes are new again and again.
+            if len(self._forecasts) >= _MOST_FORECASTS:
+                self._forecasts.clear()
+            self._forecasts[key] = self._predict(plan)
+        return self._forecasts[key]
+
+    def _predict(self, plan: Plan) -> Forecast:
+        with rehearsing(plan.device):
+            shadow = self._shadow(plan.direction).to(plan.dtype)
         weights = sum(each.numel() * each.element_size() for each in self._half_parameters(plan.direction))
         if plan.dtype != self._half_dtype(plan.direction):
             weights += sum(each.numel() * each.element_size() for each in shadow.parameters())
         if plan.sharding is not None and plan.sharding.destination is not None:
             weights += math.prod(plan.output_shape) * self._half_dtype(plan.direction).itemsize
-        return weights + predicted_peak(lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype)
+        made = forecast(
+            lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype, plan.device, shadow.parameters()
+        )
+        return made + weights
 
     def _shadow(self, direction: Direction) -> Self:
         """One half of this model without its weights, on the meta device."""
@@ -565,15 +701,13 @@ def _tile(extent: Sequence[int], shape: Sequence[int], output: Sequence[int]) ->
     return (*map(max, shape[2 : -len(extent)], output[2 : -len(extent)]), *extent)
 
 
-def _shared_facts(plan: Plan) -> tuple[object, ...]:
-    """What must be the same on every rank for their exchanges to fit together."""
-    assert plan.sharding is not None
-    call = (plan.direction, plan.input_shape, plan.items, plan.dtype, plan.retry)
-    return (*call, plan.sharding.world, plan.sharding.axis, plan.sharding.destination)
+def _pixels(y: Tensor) -> Tensor:
+    """Levels of samples, which have to be numbers."""
+    from fastvideo_vae_core.media.images import to_uint8
 
-
-def _halves(chunk: int | None) -> list[int]:
-    return [] if chunk is None else [chunk >> shift for shift in range(1, chunk.bit_length())]
+    if not bool(y.isfinite().all()):
+        raise ShapeError("what was decoded holds NaN or infinity, which no pixel can show; bfloat16 does not overflow")
+    return to_uint8(y)
 
 
 def _round_up(size: int, axis: Axis) -> int:

@@ -10,7 +10,9 @@ import torch
 from fastvideo_vae_autoencoder_kl import FLUX1, SD1, AutoencoderKL, AutoencoderKLArchConfig
 from fastvideo_vae_core.config import Fp16Policy, VAEConfig
 from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.testing.conformance import ConformanceSuite
+from fastvideo_vae_core.testing.contract.hooks import VAE, both_directions
 from fastvideo_vae_core.testing.golden import fill
 
 # Three levels instead of four, and narrow; the last convolution is toned down, so that samples stay near [-1, 1].
@@ -36,6 +38,10 @@ class TestWithQuantConvolutions(ConformanceSuite):
 
     def tiny(self) -> AutoencoderKL:
         return filled(replace(SD1, **SIZES))
+
+    @both_directions
+    def test_out_of_memory_in_each_tile(self, vae: VAE, direction: Direction) -> None:
+        self.check_exhausted_everywhere(vae, direction, grid=(5, 7), tile=(10, 10))
 
 
 class TestWithoutQuantConvolutions(ConformanceSuite):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo_vae_autoencoder_kl import FLUX1, SD1, SD3, SDXL, AutoencoderKL, AutoencoderKLArchConfig
+from fastvideo_vae_autoencoder_kl import DIFFUSERS, FLUX1, SD1, SD3, SDXL, AutoencoderKL, AutoencoderKLArchConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import assert_close, first_divergence
@@ -108,6 +108,18 @@ class TestDiffusersOfEveryVariant:
         for name in ("parameters", "mean", "std", "logvar", "var"):
             assert_close(getattr(ours, name), getattr(theirs, name), *SAME_ORDER)
         assert_close(ours.mode(), theirs.mode(), *SAME_ORDER)
+        assert_close(model.decode(latent).sample, twin.decode(latent).sample, *SAME_ORDER)
+
+    @pytest.mark.parametrize("grid", [(8, 6), (9, 4), (13, 17)], ids=str)
+    def test_tiles_that_diffusers_blends(self, narrow: Any, variant: str, grid: tuple[int, int]) -> None:
+        """With smaller tiles than its own, so that there are some; the first grid is no larger than one."""
+        model, twin = narrow(PUBLISHED[variant])
+        twin.enable_tiling()
+        twin.tile_sample_min_size, twin.tile_latent_min_size = 64, 8
+        model.enable_blending(replace(DIFFUSERS, pixels=64, pixels_stride=48))
+        image, latent = inputs(model, grid)
+        parameters = model.encode(image).latent_dist.parameters
+        assert_close(parameters, twin.encode(image).latent_dist.parameters, *SAME_ORDER)
         assert_close(model.decode(latent).sample, twin.decode(latent).sample, *SAME_ORDER)
 
     def test_forward_and_tuples(self, narrow: Any, variant: str) -> None:

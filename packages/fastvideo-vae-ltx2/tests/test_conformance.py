@@ -107,6 +107,7 @@ class TestAudio(ConformanceSuite):
 
     latent_grids = ((1, 2), (2, 2), (5, 2))
     stream_axis = 2
+    shares_streams = False
 
     def tiny(self) -> AutoencoderKLLTX2Audio:
         model = AutoencoderKLLTX2Audio(VAEConfig(arch_config=TINY_AUDIO))

@@ -13,10 +13,10 @@ _SCRIPT = """
 import json, torch
 from dataclasses import replace
 from fastvideo_vae_core.config import VAEConfig
-from fastvideo_vae_core.ops.causal import CausalConv3d
+from fastvideo_vae_core.ops.causal import Cache, CausalConv3d
 from fastvideo_vae_core.testing.golden import fill, make_input
 from fastvideo_vae_core.testing.parity import relative_error
-from fastvideo_vae_ltx2 import LTX20_VIDEO, AutoencoderKLLTX2Video
+from fastvideo_vae_ltx2 import LTX20_VIDEO, LTX2_AUDIO, AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, audio
 
 two = {"down_block_types": ("LTX2VideoDownBlock3D",) * 2, "spatio_temporal_scaling": (True,) * 2,
        "decoder_spatio_temporal_scaling": (True,) * 2, "decoder_inject_noise": (False,) * 3,
@@ -39,9 +39,17 @@ with torch.no_grad():
             if isinstance(layer, CausalConv3d):
                 layer.arrange()
         for chunk in (1, 3):
-            made = vae._decode(z, chunk, torch.device("cuda")), vae._encode(x, chunk, torch.device("cuda"))
+            caches = Cache(torch.device("cuda")), Cache(torch.device("cuda"))
+            made = vae._decode(z, chunk, caches[0]), vae._encode(x, chunk, caches[1])
             errors[f"{name} decode {chunk}"] = relative_error(made[0], sample)
             errors[f"{name} encode {chunk}"] = relative_error(made[1], parameters)
+    vae = fill(AutoencoderKLLTX2Audio(VAEConfig(arch_config=replace(LTX2_AUDIO, base_channels=32, latent_channels=2))))
+    vae.eval().requires_grad_(False)
+    z, x = (make_input("kernels", shape, kind) for shape, kind in (((2, 2, 4, 16), "latent"), ((2, 2, 13, 64), "mel")))
+    sample, parameters = vae._decode(z), vae._encode(x)
+    audio._fuses = lambda x, weight: True
+    errors["audio decode"] = relative_error(vae._decode(z), sample)
+    errors["audio encode"] = relative_error(vae._encode(x), parameters)
 print(json.dumps(errors))
 """
 
@@ -49,6 +57,6 @@ print(json.dumps(errors))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_the_networks_with_their_kernels() -> None:
     errors = interpreted(_SCRIPT)
-    assert len(errors) == 8
+    assert len(errors) == 10
     # float32 in another order of operations, through some ten layers.
     assert max(errors.values()) < 5e-6, errors

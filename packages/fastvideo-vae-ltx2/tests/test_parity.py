@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import fastvideo_vae_core as fvae
+from fastvideo_vae_core.blending import Blend
 from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import assert_close
-from fastvideo_vae_ltx2 import LTX2VideoArchConfig, LTX2Vocoder, log_mel
+from fastvideo_vae_ltx2 import LTX2VideoArchConfig, LTX2Vocoder, WeightedBlend, log_mel
 
 # Convolutions over rows of channels where the references have planes: another order of additions.
 OTHER_ORDER = (5e-6, "sums of the same numbers in another order")
@@ -35,12 +37,10 @@ VOCODERS = ("vocoder 2.0", "vocoder 2.3")
 def test_goldens(published: Any, name: str) -> None:
     """Outputs of the official code with the published configurations at full width, saturated sound among them.
 
-    The checkpoints go through `load` from one file in the official layout, with the configuration in its metadata. The
-    cases with tiles are left out: the official tiles are blended, ours are exact.
+    The checkpoints go through `load` from one file in the official layout, with the configuration in its metadata.
     """
     with published(name) as each:
-        golden, model = each.golden, each.model
-        cases = [case for case in golden.cases if "tiling" not in case]
+        golden, model, cases = each.golden, each.model, each.golden.cases
         errors = {key: error for case in cases for key, error in errors_of(golden, model, case).items()}
         assert all(error <= (2e-5 if "round_trip" in key else 1e-5) for key, error in errors.items()), errors
         if name.startswith("ltx2_audio"):
@@ -49,6 +49,30 @@ def test_goldens(published: Any, name: str) -> None:
         model = model.double()
         errors = {key: error for case in cases for key, error in errors_of(golden, model, case, float64=True).items()}
         assert all(error <= 1e-7 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("length", [1, 2, 5, 9, 16])
+def test_official_tiles_of_what_every_position_says_alike_are_the_whole(direction: Direction, length: int) -> None:
+    """Of a network that sees single positions, so that all tiles agree where they overlap: the weights are one."""
+    blend = WeightedBlend(name="small", frames=32, frames_stride=24, pixels=96, pixels_stride=64)
+    z = make_input("tiles", (1, 2, length, 7, 4), "latent").double()
+    x = torch.cat([z[:, :, :1], z[:, :, 1:].repeat_interleave(8, 2)], 2)
+    x = x.repeat_interleave(32, 3).repeat_interleave(32, 4)
+    given, wanted = (z, x) if direction == "decode" else (x, z)
+    tiles = blend.tiles(given.shape, direction, 8, 32)
+    assert len(tiles.crops) == {1: 1, 2: 1, 5: 2, 9: 3, 16: 5}[length] * 3 * 2
+
+    def network(crop: Tensor) -> Tensor:
+        if direction == "encode":
+            return torch.cat([crop[:, :, :1], crop[:, :, 8::8]], 2)[..., ::32, ::32]
+        made = torch.cat([crop[:, :, :1], crop[:, :, 1:].repeat_interleave(8, 2)], 2)
+        return made.repeat_interleave(32, 3).repeat_interleave(32, 4)
+
+    made = tiles.join(network(given[crop]) for crop in tiles.crops)
+    assert made.shape == wanted.shape
+    # A first frame of a tile stands for eight, but has no weight there.
+    assert (made - wanted).abs().max() <= 1e-6
 
 
 class TestOfficial:
@@ -136,6 +160,23 @@ class TestDiffusers:
         for value in ("parameters", "mean", "std", "logvar", "var"):
             assert_close(getattr(ours, value), getattr(theirs, value), *OTHER_ORDER)
         assert_close(model.decode(z).sample, twin.decode(z).sample, *OTHER_ORDER)
+
+    @pytest.mark.parametrize("framewise", [False, True])
+    def test_tiles_that_diffusers_blends(self, random_model: Any, diffusers_twin: Any, framewise: bool) -> None:
+        """With smaller tiles than its own, so that there are some."""
+        model = random_model("2.3")
+        twin = diffusers_twin(model)
+        time, space = model.arch.ratios
+        frames = {"frames": 2 * time, "frames_stride": time} if framewise else {}
+        blend = Blend(name="small", pixels=4 * space, pixels_stride=3 * space, **frames)
+        twin.enable_tiling(blend.pixels, blend.pixels, blend.frames, blend.pixels_stride, blend.pixels_stride, time)
+        twin.use_framewise_encoding = twin.use_framewise_decoding = framewise
+        for grid in [(4, 5, 4), (2, 7, 3), (5, 3, 2)]:
+            x, z = inputs(model, grid)
+            model.enable_blending(blend)
+            parameters = model.encode(x).latent_dist.parameters
+            assert_close(parameters, twin.encode(x).latent_dist.parameters, *OTHER_ORDER)
+            assert_close(model.decode(z).sample, twin.decode(z).sample, *OTHER_ORDER)
 
     def test_timesteps(self, random_model: Any, diffusers_twin: Any) -> None:
         """diffusers draws no noise in the decoder, and passes the timesteps in second place."""
@@ -238,6 +279,7 @@ def answer(model: Any, x: Tensor, output: str, case: Mapping[str, Any]) -> Tenso
     """An output under its name in the golden files, which are of official networks that normalise inside."""
     if isinstance(model, LTX2Vocoder):
         return model(x) if output == "decode" else model.vocoder(model._flat(x))
+    tiles = tiles_of(case)
     match output:
         case "mel":
             return model.waveform_to_mel(x, case["sample_rate"])
@@ -248,16 +290,27 @@ def answer(model: Any, x: Tensor, output: str, case: Mapping[str, Any]) -> Tenso
             # Our distribution repeats the one log variance of a video's latent.
             return parameters[:, : case["outputs"][output]["shape"][1]]
         case "encode_normalised":
-            return encoded(model, x)
+            return encoded(model, x, tiles and model.plan_encode(x.shape, blend=tiles))
         case "decode":
             options = {"temb": case["timestep"]} if "timestep" in case else {}
+            if tiles is not None:
+                options["plan"] = model.plan_decode(x.shape, blend=tiles)
             return model.decode(model.denormalize_latents(x), **options).sample
         case _:
             return model.decode(model.denormalize_latents(encoded(model, x))).sample
 
 
-def encoded(model: Any, x: Tensor) -> Tensor:
-    return model.normalize_latents(model.encode(x).latent_dist.mode())
+def encoded(model: Any, x: Tensor, plan: Plan | None = None) -> Tensor:
+    return model.normalize_latents(model.encode(x, plan=plan).latent_dist.mode())
+
+
+def tiles_of(case: Mapping[str, Any]) -> WeightedBlend | None:
+    """The official tiles of a case; those of its pictures are square."""
+    sizes = {}
+    for axis, name in (("frames", "frames"), ("height", "pixels")):
+        if given := case.get("tiling", {}).get(axis):
+            sizes |= {name: given["tile_size"], f"{name}_stride": given["tile_size"] - given["overlap"]}
+    return WeightedBlend(name="official", **sizes) if sizes else None
 
 
 def _listed(value: Any) -> Any:

@@ -10,9 +10,11 @@ import torch
 
 import fastvideo_vae_core as fvae
 from fastvideo_vae_core.config import VAEConfig
+from fastvideo_vae_core.ops import conv1d as ops
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import assert_close, relative_error
 from fastvideo_vae_ltx2 import LTX20_VOCODER, LTX23_VOCODER, LTX2Vocoder
+from fastvideo_vae_ltx2 import vocoder as network
 
 FRAMES = 70
 
@@ -54,6 +56,23 @@ def test_nothing_reaches_further_than_the_context(vocoder: LTX2Vocoder) -> None:
     if vocoder.arch.extension is None:
         assert first - (at - axis.after) <= 2
         assert at + axis.before - last <= 2
+
+
+def test_the_layout_of_gpus_gives_the_same(vocoder: LTX2Vocoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels innermost, dilations as rows, transposed convolutions as convolutions; all on the CPU here."""
+    vocoder, mel = vocoder.double(), spectrogram(batch=2).double()
+    expected = vocoder(mel)
+    innermost = []
+
+    def dilated(x: torch.Tensor, conv: torch.nn.Conv1d) -> ops.Sum:
+        innermost.append(x.stride(1) == 1)
+        return ops.Sum(ops._folded(x, conv), bias=conv.bias)
+
+    monkeypatch.setattr(network, "arrange", lambda x: x.mT.contiguous().mT)
+    monkeypatch.setattr(network, "dilated1d", dilated)
+    monkeypatch.setattr(network, "upsample1d", lambda x, conv: ops.Sum(ops._interleaved(x, conv), bias=conv.bias))
+    assert relative_error(vocoder(mel), expected) <= 1e-12
+    assert len(innermost) > 6
 
 
 def test_sizes(vocoder: LTX2Vocoder) -> None:

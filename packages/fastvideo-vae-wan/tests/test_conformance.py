@@ -56,6 +56,11 @@ class TestWan21(WanSuite):
     def tiny(self) -> AutoencoderKLWan:
         return filled(TINY21)
 
+    @pytest.mark.slow
+    @both_directions
+    def test_out_of_memory_in_each_piece_of_frames(self, vae: VAE, direction: Direction) -> None:
+        self.check_exhausted_everywhere(vae, direction, grid=(21, 1, 2), chunk=1)
+
 
 class TestWan22(WanSuite):
     """Wan 2.2, with patches and shortcuts around the levels."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.parity import assert_close
-from fastvideo_vae_wan import WAN21, WAN22, AutoencoderKLWan, WanArchConfig
+from fastvideo_vae_wan import DIFFUSERS, WAN21, WAN22, AutoencoderKLWan, WanArchConfig
 
 PUBLISHED = {"wan2.1": WAN21, "wan2.2": WAN22}
 # Four levels as published, and narrow.
@@ -73,6 +73,19 @@ class TestDiffusers:
         for name in ("parameters", "mean", "std", "logvar", "var"):
             assert_close(getattr(ours, name), getattr(theirs, name), *OTHER_ORDER)
         assert_close(ours.mode(), theirs.mode(), *OTHER_ORDER)
+        assert_close(model.decode(latent).sample, twin.decode(latent).sample, *OTHER_ORDER)
+
+    @pytest.mark.parametrize("grid", [(2, 3, 2), (1, 5, 4), (2, 7, 5)], ids=str)
+    def test_tiles_that_diffusers_blends(self, narrow: Any, variant: str, grid: tuple[int, ...]) -> None:
+        """With smaller tiles than its own, so that there are some; the first grid is no larger than one."""
+        model, twin = narrow(variant)
+        space = model.sample_axes[1].up
+        size, stride = 4 * space, 3 * space
+        twin.enable_tiling(size, size, stride, stride)
+        model.enable_blending(replace(DIFFUSERS, pixels=size, pixels_stride=stride))
+        video, latent = inputs(model, grid, batch=1)
+        parameters = model.encode(video).latent_dist.parameters
+        assert_close(parameters, twin.encode(video).latent_dist.parameters, *OTHER_ORDER)
         assert_close(model.decode(latent).sample, twin.decode(latent).sample, *OTHER_ORDER)
 
     def test_forward_and_tuples(self, narrow: Any, variant: str) -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 unexpected, or `doctor` or `inspect` found something wrong
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -30,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _show_warning if os.environ.get("RANK", "0") == "0" else _show_nothing
         try:
-            code: int = load_object(options.run)(options)
+            code = _run(options)
             sys.stdout.flush()
         except KeyboardInterrupt:
             return _failed(options.debug, "interrupted", 130)
@@ -47,6 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _run(options: argparse.Namespace) -> int:
+    """The command; where torchrun has started it several times, together with the others."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
+        return int(load_object(options.run)(options))
+    options.speaks = os.environ["RANK"] == "0"
+    if not hasattr(options, "timeout"):
+        # There is nothing to compute together.
+        return int(load_object(options.run)(options)) if options.speaks else 0
+    from fastvideo_vae_core.cli.together import together
+
+    with together(options):
+        return int(load_object(options.run)(options))
+
+
 def _failed(debug: bool, message: str, code: int) -> int:
     if debug:
         traceback.print_exc()
@@ -56,6 +72,10 @@ def _failed(debug: bool, message: str, code: int) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(_line(f"warning: {in_shell_words(str(message))}"), file=sys.stderr)
+
+
+def _show_nothing(*_: Any, **__: Any) -> None:
+    """The first rank says it."""
 
 
 def _line(message: str) -> str:

@@ -14,7 +14,7 @@ from fastvideo_vae_core import registry
 from fastvideo_vae_core.cli.console import Console, Item, sizes
 from fastvideo_vae_core.cli.model import Model, compression, open_model, plan_entry
 from fastvideo_vae_core.cli.outputs import place
-from fastvideo_vae_core.cli.running import Decoding, Encoding, Stopwatch
+from fastvideo_vae_core.cli.running import Decoding, Encoding, Stopwatch, through
 from fastvideo_vae_core.cli.samples import Facts, Writing, common_media, medium_of
 from fastvideo_vae_core.errors import CheckpointError, MediaError, ShapeError
 from fastvideo_vae_core.latents import LatentInfo, LatentReader, LatentWriter
@@ -28,7 +28,7 @@ def encode(options: argparse.Namespace) -> int:
     """Write the latents of every input."""
     console = Console.of(options)
     media = common_media(options.inputs)
-    outputs = place(options.inputs, options.output, _LATENTS[0], _LATENTS)
+    outputs = place(options.inputs, options.output, _LATENTS[0], _LATENTS, writes=not console.mute)
     model = open_model(options, console, media, decoder=False)
     pairs = list(zip(options.inputs, outputs, strict=True))
     files = [_encode_file(model, path, output, console) for path, output in _in_turn(model, pairs, "encode")]
@@ -46,7 +46,7 @@ def decode(options: argparse.Namespace) -> int:
     made_by = latents[0].info.provenance
     family = registry.resolve(options.family or made_by.family)
     medium = medium_of(family.component(options.component or made_by.component).media)
-    outputs = place(options.inputs, options.output, medium.suffix, medium.writable)
+    outputs = place(options.inputs, options.output, medium.suffix, medium.writable, writes=not console.mute)
     model = open_model(options, console, medium.media, made_by=made_by, encoder=False)
     for file in latents:
         _check_maker(model, file, console)
@@ -63,6 +63,10 @@ def _in_turn(model: Model, pairs: Sequence[Item], what: str) -> Iterator[Item]:
 
 def _encode_file(model: Model, path: Path, output: Path, console: Console) -> dict[str, Any]:
     medium, watch, normalized = model.medium, Stopwatch(), model.options.normalized
+    if not model.writes:
+        with medium.open(path, model.reading) as source:
+            through(Encoding(model, source, path, watch))
+        return {}
     with medium.open(path, model.reading) as source, LatentWriter(output) as writer:
         encoding = Encoding(model, source, path, watch)
         total = source.expected and medium.count(source.expected, source.facts)
@@ -102,10 +106,13 @@ def _encode_file(model: Model, path: Path, output: Path, console: Console) -> di
 
 def _decode_file(model: Model, file: LatentReader, output: Path, console: Console) -> dict[str, Any]:
     medium, watch, options = model.medium, Stopwatch(), model.options
+    if not model.writes:
+        through(Decoding(model, _latents(model, file), file.shape, watch, pixels=True))
+        return {}
     shape, facts = _shape_to_keep(model, file), _facts(model, file)
     writing = Writing.of(options, options.sound)
     with medium.create(output, facts, shape, writing) as sink:
-        decoding = Decoding(model, _latents(model, file), file.shape, watch)
+        decoding = Decoding(model, _latents(model, file), file.shape, watch, pixels=True)
         written = 0
         with console.bar(medium.count(shape[2], facts), output.name, medium.unit) as done:
             for y in cropped(decoding, shape):

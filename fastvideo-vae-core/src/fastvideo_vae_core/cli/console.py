@@ -24,28 +24,30 @@ class Console:
     Attributes:
         json: the result is one JSON document, and nothing else goes to stdout.
         quiet: no remarks and no progress bars.
+        mute: nothing at all; of several ranks one speaks.
     """
 
     json: bool
     quiet: bool
+    mute: bool = False
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Console:
-        return cls(json=options.json, quiet=options.quiet)
+        return cls(json=options.json, quiet=options.quiet, mute=not getattr(options, "speaks", True))
 
     def say(self, *lines: str) -> None:
         """A part of the result, for people."""
-        if not self.json:
+        if not self.json and not self.mute:
             _print("\n".join(lines), sys.stdout)
 
     def remark(self, text: str) -> None:
         """Something to know that is not the result."""
-        if not self.quiet:
+        if not self.quiet and not self.mute:
             _print(f"{PROGRAM}: {text}", sys.stderr)
 
     def finish(self, document: Any) -> None:
         """The result, for machines."""
-        if self.json:
+        if self.json and not self.mute:
             print(json.dumps(_finite(document), indent=2, allow_nan=False))
 
     def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
@@ -68,9 +70,25 @@ class Console:
         with tqdm(total=total, desc=what, unit=f" {unit}s", file=sys.stderr) as bar:
             yield lambda done: bar.update(done - bar.n)
 
+    @contextmanager
+    def units(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for one call of a network, where somebody watches; what it gives is the call's `progress`."""
+        if not self._watched:
+            yield lambda done, total: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(desc=what, unit=" unit", file=sys.stderr, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield show
+
     @property
     def _watched(self) -> bool:
-        return not (self.json or self.quiet) and sys.stderr.isatty()
+        return not (self.json or self.quiet or self.mute) and sys.stderr.isatty()
 
 
 def _print(text: str, file: TextIO) -> None:
@@ -102,6 +120,10 @@ def in_shell_words(message: str) -> str:
 
 
 _SHELL_WORDS = (
+    (r", VAEConfig\(out_of_memory='raise'\) gives the error instead", ""),
+    (r"memory_budget= to its plan", "--memory-budget, or --tile with a smaller tile"),
+    (r"\bmemory_budget=(?=[ ,])", "--memory-budget"),
+    (r"; a plan of your own, as plan_\w+ makes, runs nevertheless", "; --tile runs nevertheless"),
     (r"VAEConfig\((fp16)='(\w+)'\)", r"--\1 \2"),
     (r"\b(family|variant|component|fp16)='(\w+)'", r"--\1 \2"),
     (r", or use pad_to_valid\(\) and crop_to\(\)", ", or leave out --no-pad"),

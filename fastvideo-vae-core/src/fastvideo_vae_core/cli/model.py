@@ -19,6 +19,7 @@ from fastvideo_vae_core.family import Family, Media, Waveforms, load_object
 from fastvideo_vae_core.latents import Provenance
 from fastvideo_vae_core.loading import holds, inspect, load
 from fastvideo_vae_core.plan import Plan
+from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.vae import ParallelTiledVAE
 
 
@@ -40,6 +41,17 @@ class Model:
     console: Console
     options: argparse.Namespace
     back: ParallelTiledVAE[Any] | None = None
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """The ranks that compute together, if torchrun has started several."""
+        found: Sharding | None = getattr(self.options, "sharding", None)
+        return found
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is computed comes here, to be written."""
+        return self.sharding is None or self.sharding.rank == 0
 
     @property
     def decoding(self) -> Model:
@@ -93,6 +105,7 @@ def plan_entry(plan: Plan | None) -> dict[str, Any] | None:
         "chunk": plan.chunk,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(plan.device),
+        "ranks": 1 if plan.sharding is None else plan.sharding.world,
         "peak_bytes": plan.peak_bytes,
         "notes": plan.notes,
     }
@@ -166,6 +179,8 @@ def open_sound(model: Model) -> Model | None:
     own = {"component": name, "variant": None, "subfolder": None, "config": None, "tile": None, "tiling": False}
     # What is for video alone, and was taken note of.
     own |= {"crf": None, "no_sound": False, "keep_sound": False, "model": str(model.source), "family": family.name}
+    # It is little work, for the one who writes it.
+    own |= {"sharding": None}
     return open_model(argparse.Namespace(**{**vars(options), **own}), model.console, "audio")
 
 

@@ -9,10 +9,11 @@ from fastvideo_vae_core.errors import MediaError
 from fastvideo_vae_core.media.files import atomic_output
 
 
-def place(inputs: Sequence[Path], out: str, suffix: str, allowed: Sequence[str]) -> list[Path]:
+def place(inputs: Sequence[Path], out: str, suffix: str, allowed: Sequence[str], *, writes: bool = True) -> list[Path]:
     """The output file of every input: `out` itself, or a file inside it where it is a folder or there are several.
 
-    suffix: of the names that are chosen here; allowed: those that a name may have.
+    suffix: of the names that are chosen here; allowed: those that a name may have; writes: whether they are written
+    here, and not by another rank.
 
     Raises:
         MediaError: two inputs would become one file, an output is an input, or it cannot be written.
@@ -21,14 +22,16 @@ def place(inputs: Sequence[Path], out: str, suffix: str, allowed: Sequence[str])
     if len(inputs) == 1 and not folder.is_dir() and not out.endswith(("/", "\\")):
         outputs = [folder]
     else:
-        make_folder(folder)
+        if writes:
+            make_folder(folder)
         outputs = [folder / f"{path.stem}{suffix}" for path in inputs]
     for index, output in enumerate(outputs):
         if output in outputs[:index]:
             raise MediaError(f"{inputs[outputs.index(output)]} and {inputs[index]} would both become {output}")
         if output.suffix.lower() not in allowed:
             raise MediaError(f"{output} must end in {' or '.join(allowed)}")
-        check_writable(output, inputs)
+        if writes:
+            check_writable(output, inputs)
     return outputs
 
 

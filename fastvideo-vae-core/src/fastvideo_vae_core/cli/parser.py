@@ -172,6 +172,13 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     tiles.add_argument("--tile", type=_positive, nargs=2, metavar=("H", "W"), help="tiles of that size, in pixels")
     group.add_argument("--memory-budget", metavar="SIZE", help="the quickest way that fits, such as 6GiB or 500MB")
     group.add_argument("--plan", action="store_true", help="print how it is computed, and the predicted peak of memory")
+    group.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="on several devices, which torchrun starts: how long they wait for each other (default: 300)",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +206,13 @@ def _rate(text: str) -> Fraction:
     if rate <= 0:
         raise ValueError(text)
     return rate
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise ValueError(text)
+    return seconds
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,7 @@ from fastvideo_vae_core.cli.model import Model, demo_families, open_model
 from fastvideo_vae_core.cli.outputs import check_writable, make_folder, place
 from fastvideo_vae_core.cli.parser import build_parser
 from fastvideo_vae_core.cli.samples import Facts, Writing, common_media, medium_of
-from fastvideo_vae_core.cli.trips import readable_metrics, sound_of, travel
+from fastvideo_vae_core.cli.trips import accompany, readable_metrics, sound_of, travel
 from fastvideo_vae_core.errors import FamilyError
 from fastvideo_vae_core.family import Family
 from fastvideo_vae_core.media.files import atomic_output, require
@@ -28,11 +28,15 @@ def roundtrip(options: argparse.Namespace) -> int:
     if media == "video" and Path(options.output).suffix.lower() in medium_of("audio").writable:
         media = "audio"
     medium = medium_of(media)
-    [output] = place([options.input], options.output, medium.suffix, medium.writable)
+    [output] = place([options.input], options.output, medium.suffix, medium.writable, writes=not console.mute)
     comparison = output.with_name(f"{output.stem}-comparison.png")
-    check_writable(comparison, [options.input])
+    if not console.mute:
+        check_writable(comparison, [options.input])
     require("matplotlib.figure", "report")
     model = open_model(options, console, media)
+    if not model.writes:
+        accompany(model, options.input)
+        return 0
     document, facts = _there_and_back(model, options.input, output, comparison)
     console.say(*rows([*facts, ("written", f"{output}\n{comparison}")]))
     console.finish(document)

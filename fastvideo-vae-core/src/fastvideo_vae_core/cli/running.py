@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,8 +22,10 @@ from torch import Tensor
 from fastvideo_vae_core.cli.console import in_shell_words, sizes
 from fastvideo_vae_core.cli.samples import Source
 from fastvideo_vae_core.distribution import randn_like
-from fastvideo_vae_core.errors import MediaError, MemoryBudgetError
+from fastvideo_vae_core.errors import ConfigError, MediaError, MemoryBudgetError
+from fastvideo_vae_core.media.images import from_uint8
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.vae import ParallelTiledVAE
 
 if TYPE_CHECKING:
@@ -98,7 +101,7 @@ class Encoding:
         self._pace: int | None = None
         self.plan: Plan | None = None
         if model.medium.unit is not None:
-            self.plan, self._pace = stretch(model, "encode", self.padded_shape)
+            self.plan, self._pace = stretch(model, "encode", self.padded_shape, model.sharding)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -115,16 +118,17 @@ class Encoding:
         x = torch.cat([*self._read(1 << 20)], dim=2)
         self._end()
         padded = x if self._no_pad else vae.pad_to_valid(x)
-        self.plan = whole(self._model, "encode", padded.shape)
-        with out_of_memory(self.plan):
-            yield vae.encode(padded, plan=self.plan).latent_dist
+        self.plan = whole(self._model, "encode", padded.shape, self._model.sharding)
+        with self._model.console.units("encode") as progress:
+            posterior = vae.encode(padded, plan=self.plan, progress=progress).latent_dist
             synchronize(vae)
+        yield posterior
 
     def _stream(self, pace: int) -> Iterator[Any]:
         assert self.plan is not None
         vae = self._model.vae
         with out_of_memory(self.plan):
-            for posterior in vae.encode_stream(self._chunks(pace)):
+            for posterior in vae.encode_stream(self._chunks(pace), mesh=self._model.sharding):
                 synchronize(vae)
                 yield posterior
 
@@ -187,38 +191,54 @@ class Decoding:
     """Raw latents on their way to samples (1, C, T, ...): iterate over it, once; nothing is cropped.
 
     pieces: of the latents, in order; shape: of them all, as far as it is known.
+    pixels: the samples are wanted for a file that holds 8-bit pixels, if they are pixels, and for nothing else.
     plan: as of an Encoding.
     """
 
-    def __init__(self, model: Model, pieces: Iterable[Tensor], shape: Sequence[int], watch: Stopwatch) -> None:
-        self._model, self._pieces, self._watch = model, pieces, watch
+    def __init__(
+        self, model: Model, pieces: Iterable[Tensor], shape: Sequence[int], watch: Stopwatch, *, pixels: bool = False
+    ) -> None:
+        self._model, self._pieces, self._watch, self._sharding = model, pieces, watch, model.sharding
+        if self._sharding is not None and pixels and model.medium.media != "audio":
+            self._sharding = replace(self._sharding, pixels=True)
         self._pace: int | None = None
         self.plan: Plan | None = None
         if model.medium.unit is not None:
-            self.plan, self._pace = stretch(model, "decode", shape)
+            self.plan, self._pace = stretch(model, "decode", shape, self._sharding)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return self._watch.timed("decode", self._whole() if self._pace is None else self._stream(self._pace))
+        for y in self._watch.timed("decode", self._whole() if self._pace is None else self._stream(self._pace)):
+            # The levels that a file gets, which are what its writer is going to make of these samples.
+            yield from_uint8(y) if y.dtype == torch.uint8 else y
 
     def _whole(self) -> Iterator[Tensor]:
         vae = self._model.vae
         z = torch.cat([piece.to(vae.device) for piece in self._pieces], dim=2)
-        self.plan = whole(self._model, "decode", z.shape)
-        with out_of_memory(self.plan):
-            yield vae.decode(z, plan=self.plan).sample
+        self.plan = whole(self._model, "decode", z.shape, self._sharding)
+        with self._model.console.units("decode") as progress:
+            sample = vae.decode(z, plan=self.plan, progress=progress).sample
             synchronize(vae)
+        yield sample
 
     def _stream(self, pace: int) -> Iterator[Tensor]:
         assert self.plan is not None
         vae = self._model.vae
         pieces = (part for piece in self._pieces for part in piece.to(vae.device).split(pace, dim=2))
         with out_of_memory(self.plan):
-            for y in vae.decode_stream(pieces):
+            for y in vae.decode_stream(pieces, mesh=self._sharding):
                 synchronize(vae)
                 yield y
 
 
-def stretch(model: Model, direction: Direction, shape: Sequence[int]) -> tuple[Plan | None, int | None]:
+def through(pieces: Iterable[object]) -> None:
+    """Compute everything for the rank that gets it."""
+    for _ in pieces:
+        pass
+
+
+def stretch(
+    model: Model, direction: Direction, shape: Sequence[int], sharding: Sharding | None
+) -> tuple[Plan | None, int | None]:
     """How files of this kind stream through a model: a plan, and latents at a time; or (None, None) where they do not.
 
     They do not where the network has no stream, nor where tiles are asked for or needed: those go through all the time.
@@ -229,7 +249,9 @@ def stretch(model: Model, direction: Direction, shape: Sequence[int]) -> tuple[P
     if options.tile or options.tiling:
         model.console.remark(_HELD)
         return None, None
-    make = vae.plan_encode if direction == "encode" else vae.plan_decode
+    if sharding is not None and not vae.shares_streams:
+        raise ConfigError(f"the sound of {vae.family} is computed on one device; start the command without torchrun")
+    make = partial(vae.plan_encode if direction == "encode" else vae.plan_decode, mesh=sharding)
     axes, axis = len(vae.sample_axes), vae.sample_axes[0]
 
     def of(latents: int) -> tuple[int, ...]:
@@ -250,7 +272,7 @@ def stretch(model: Model, direction: Direction, shape: Sequence[int]) -> tuple[P
     return plan, plan.chunk or latents
 
 
-def whole(model: Model, direction: Direction, shape: Sequence[int]) -> Plan:
+def whole(model: Model, direction: Direction, shape: Sequence[int], sharding: Sharding | None) -> Plan:
     """The plan of a call that computes everything at once."""
     vae, tile = model.vae, model.options.tile
     if tile is not None and len(shape) == 5:
@@ -258,7 +280,7 @@ def whole(model: Model, direction: Direction, shape: Sequence[int]) -> Plan:
         other = vae.encoded_shape(shape) if direction == "encode" else vae.decoded_shape(shape)
         tile = (max(shape[2], other[2]), *tile)
     make = vae.plan_encode if direction == "encode" else vae.plan_decode
-    plan = make(shape, memory_budget=model.options.memory_budget, tile=tile)
+    plan = make(shape, memory_budget=model.options.memory_budget or "free", tile=tile, mesh=sharding)
     show(model, plan)
     return plan
 

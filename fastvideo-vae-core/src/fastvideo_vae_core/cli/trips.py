@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.cli.model import Model, compression, open_sound, plan_entry
-from fastvideo_vae_core.cli.running import Decoding, Encoding, Stopwatch
+from fastvideo_vae_core.cli.running import Decoding, Encoding, Stopwatch, through
 from fastvideo_vae_core.cli.samples import Facts, Judge, Sink, Source, Writing
+from fastvideo_vae_core.cli.together import everywhere
 from fastvideo_vae_core.media.sound_tracks import sound_start
 from fastvideo_vae_core.plan import Plan
 
@@ -74,11 +75,11 @@ def travel(model: Model, path: Path, create: Create) -> Trip:
     with ExitStack() as stack:
         opened = stack.enter_context(medium.open(path, model.reading))
         source: _Remembering | _Beside = _Remembering(opened)
-        if back is not model:
+        if back is not model or model.sharding is not None:
             source = _Beside(opened, stack.enter_context(medium.open(path, back.reading)))
         judge, written = medium.judge(source.written), source.written
         encoding = Encoding(model, source, path, watch)
-        decoding = Decoding(back, encoding, encoding.latent_shape, watch)
+        decoding = Decoding(back, relayed(model, encoding), encoding.latent_shape, watch)
         total = opened.expected and medium.count(opened.expected, opened.facts)
         sink = stack.enter_context(create(written, source.shape))
         done = stack.enter_context(model.console.bar(total, path.name, medium.unit))
@@ -102,6 +103,24 @@ def travel(model: Model, path: Path, create: Create) -> Trip:
         seconds={name: watch.seconds[name] for name in ("encode", "decode")},
         plans={"encode": encoding.plan, "decode": decoding.plan},
     )
+
+
+def accompany(model: Model, path: Path) -> None:
+    """Encode and decode a file for the rank that writes it."""
+    watch = Stopwatch()
+    with model.medium.open(path, model.reading) as source:
+        encoding = Encoding(model, source, path, watch)
+        through(Decoding(model, relayed(model, encoding), encoding.latent_shape, watch))
+
+
+def relayed(model: Model, encoding: Encoding) -> Iterator[Tensor]:
+    """The latents as they come; on several devices, where one gets them and all decode, when all have come."""
+    if model.sharding is None:
+        yield from encoding
+        return
+    pieces = list(encoding)
+    [like, *_] = getattr(model.vae, model.vae.encoder_modules[0]).parameters()
+    yield everywhere(pieces, encoding.latent_shape, model.sharding, like)
 
 
 @contextmanager
@@ -207,7 +226,7 @@ class _Beside:
         """The next samples as long as y, and y without what padding added."""
         x = self._beside.read(y.shape[2])
         self.matched += x.shape[2]
-        return x, y[:, :, : x.shape[2]]
+        return x, y[(slice(None), slice(None), *(slice(size) for size in x.shape[2:]))]
 
 
 class _Shifted:

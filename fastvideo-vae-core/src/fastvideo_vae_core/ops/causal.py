@@ -11,13 +11,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.rms_norm import Modulation, PixelNorm, RMSNorm
+
+if TYPE_CHECKING:
+    from fastvideo_vae_core.strips import Strip
 
 
 class Cache:
@@ -25,14 +29,18 @@ class Cache:
 
     It belongs to one call. The network itself keeps nothing, so any number of videos can be under way on one model.
 
+    Where several devices share a call, the network sees a strip of every picture, and the cache also knows how to get
+    what lies beyond it.
+
     Attributes:
         device: where the network runs; that of the tensors, but for a rehearsal on the meta device.
+        strip: which part of the pictures this is; None: all of them.
         first: nothing of the video has been seen yet.
         last: nothing will follow, so there is nothing to remember.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, strip: Strip | None = None) -> None:
+        self.device, self.strip = device, strip
         self.first = True
         self.last = False
         self._frames: dict[nn.Module, Tensor] = {}
@@ -40,7 +48,7 @@ class Cache:
 
     def copy(self) -> Cache:
         """The same memory; what is done with either from here on, the other does not see."""
-        other = Cache(self.device)
+        other = Cache(self.device, self.strip)
         other.first, other.last = self.first, self.last
         other._frames, other._begun = dict(self._frames), set(self._begun)
         return other
@@ -67,6 +75,26 @@ class Cache:
     def keep(self, layer: nn.Module, frames_BTHWC: Tensor) -> None:
         """Remember frames for the layer, as a copy, so that what they were cut from can go."""
         self._frames[layer] = frames_BTHWC.clone(memory_format=torch.contiguous_format)
+
+    def widened(self, x: Tensor, before: int, after: int) -> Tensor:
+        """The strip x (B, C, T, H, W) with so many rows, or columns, of the pictures more, as far as there are any."""
+        return x if self.strip is None else self.strip.widened(x, before, after)
+
+    def narrowed(self, y: Tensor, before: int, after: int) -> Tensor:
+        """What was made of a widened strip, without what was made of the rows that it was widened by: so many."""
+        return y if self.strip is None else self.strip.narrowed(y, before, after)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """The whole pictures (B, C, T, H, W) of which x is a strip."""
+        return x if self.strip is None else self.strip.gathered(x)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The strip of whole pictures (B, C, T, H, W)."""
+        return x if self.strip is None else self.strip.cut(x)
+
+    def agreed(self, flag: bool) -> bool:
+        """Whether it is true here or on another device that has a strip of the pictures."""
+        return flag if self.strip is None else self.strip.ranks.agree_on_any(flag, self.device)
 
     def fuses(self, x: Tensor, layer: nn.Conv3d) -> bool:
         """Whether the kernels of this device are to be used, rather than the definitions."""
@@ -109,7 +137,7 @@ class CausalConv3d(nn.Conv3d):
         self.memory = kernel[0] - stride
         self.stacked = stacks(before, kernel)
         self.copies, self.ahead, self.positions = edge == "copies", ahead, positions
-        self.inset = around if border == "reflect" else (0, 0)
+        self.border, self.around = border, around
         # Whether output channels come as (position, channel), in which positions are easily moved; else, as the weights
         # are stored, as (channel, position).
         self.by_position = False
@@ -125,12 +153,12 @@ class CausalConv3d(nn.Conv3d):
         """Room for the input that the piece x, or something of its shape, makes behind the remembered frames."""
         batch, channels, frames, height, width = x.shape
         taps, stride = self.kernel_size[0], self.stride[0]
-        history = cache.take(self)
+        history, inset = cache.take(self), self.inset(cache)
+        sizes = (height + 2 * inset[0], width + 2 * inset[1])
         if history is None and frames == 1 and not self.copies:
-            return Window(x.new_empty(batch, 1, height, width, channels), taps=1, shift=0, stride=1)
+            return Window(x.new_empty(batch, 1, *sizes, channels), taps=1, shift=0, stride=1, inset=inset)
         shift = self.memory - (self.ahead if history is None else 0)
         behind = self.ahead if cache.last else 0
-        sizes = (height + 2 * self.inset[0], width + 2 * self.inset[1])
         if history is None and not self.copies:
             history = x.new_zeros(batch, shift, *sizes, channels)
         total = shift + frames + behind
@@ -138,31 +166,40 @@ class CausalConv3d(nn.Conv3d):
             data = x.new_empty(batch, (total - taps) // stride + 1, *sizes, taps * channels)
         else:
             data, taps, stride = x.new_empty(batch, total, *sizes, channels), 1, 1
-        window = Window(
-            data, taps=taps, shift=shift, stride=stride, copies=history is None, behind=behind, inset=self.inset
-        )
+        window = Window(data, taps=taps, shift=shift, stride=stride, copies=history is None, behind=behind, inset=inset)
         if history is not None:
             window.remember(history)
         return window
 
     def convolve(self, window: Window, cache: Cache, bias: Tensor | None) -> Tensor:
         """The convolution itself, once the window is full; the cache keeps the window's last frames."""
-        window.close()
+        window.close(self.border, cache.strip)
         if not cache.last:
             cache.keep(self, window.last(self.memory))
-        data, padding = window.data, self.padding[1:]
+        data, (rows, columns) = window.data, window.inset
+        padding = (self.around[0] - rows, self.around[1] - columns)
         weight, bias = self._in_order(self.weight), None if bias is None else self._in_order(bias)
         if window.shift == 0:
             return unstack(F.conv2d(stack(data), weight[:, :, -1], bias, 1, padding), data)
         if window.taps == 1:
             if data.shape[1] < self.kernel_size[0]:
-                rows, columns = self.inset
                 return self._nothing(data, (data.shape[2] - 2 * rows, data.shape[3] - 2 * columns))
-            return F.conv3d(data.movedim(-1, 1), weight, bias, self.stride, self.padding)
+            if taps.takes(cache.device, data, self):
+                down, across = padding
+                made = taps.convolved(F.pad(data, (0, 0, across, across, down, down)).movedim(-1, 1), weight)
+                return made if bias is None else made + bias.view(-1, 1, 1, 1)
+            return F.conv3d(data.movedim(-1, 1), weight, bias, self.stride, (0, *padding))
         weight = weight.transpose(1, 2).flatten(1, 2)
         if self.kernel_size[1:] == (1, 1):
             return F.linear(data, weight.flatten(1), bias).movedim(-1, 1)
         return unstack(F.conv2d(stack(data), weight, bias, 1, padding), data)
+
+    def inset(self, cache: Cache) -> tuple[int, int]:
+        """Rows and columns around a picture that are written down, because they are not just zeros."""
+        if self.border == "reflect":
+            return self.around
+        along = None if cache.strip is None else cache.strip.along
+        return tuple(size if axis == along else 0 for axis, size in enumerate(self.around))  # type: ignore[return-value]
 
     def arrange(self) -> None:
         """Put the weights into the order in memory in which the formulation reads them; their shape (O, C, K, H, W)
@@ -196,7 +233,8 @@ class Window:
         shift: how many frames there are in e before those of the piece.
         copies: they are not remembered but copies of the first frame of the piece.
         behind: copies of the last frame, at the end of e.
-        inset: rows and columns around each picture that hold its reflection.
+        inset: rows and columns around each picture that hold its border: what other devices have there, or a
+            reflection, or zeros.
     """
 
     data: Tensor
@@ -209,30 +247,34 @@ class Window:
 
     def write(self, frames_BTHWC: Tensor) -> None:
         """Fill in the piece."""
-        rows, columns = self.inset
-        inner = self.data[:, :, rows : self.data.shape[2] - rows, columns : self.data.shape[3] - columns]
-        self._place(inner, frames_BTHWC, self.shift)
+        self._place(self._inner(), frames_BTHWC, self.shift)
 
     def remember(self, frames_BTHWC: Tensor) -> None:
-        """Fill in the remembered frames, with the reflection around them."""
+        """Fill in the remembered frames, with their borders."""
         self._place(self.data, frames_BTHWC, 0)
 
-    def close(self) -> None:
-        """Fill in copies and reflections, once the rest is there."""
+    def close(self, border: Literal["zeros", "reflect"] = "reflect", strip: Strip | None = None) -> None:
+        """Fill in borders and copies, once the rest is there."""
+        end = self._end() - self.behind
+        met = (False, False)
+        if strip is not None and self.inset[strip.along]:
+            met = self._meet(strip, end)
         if self.copies:
             first = self._frame(self.shift)
             self._place(self.data, first.expand(-1, self.shift, -1, -1, -1), 0)
         if self.behind:
-            end = self.data.shape[1] * self.stride + self.taps - self.stride
-            last = self._frame(end - self.behind - 1)
-            self._place(self.data, last.expand(-1, self.behind, -1, -1, -1), end - self.behind)
-        rows, columns = self.inset
-        for row in range(rows):
-            self.data[:, :, row] = self.data[:, :, 2 * rows - row]
-            self.data[:, :, -1 - row] = self.data[:, :, -1 - 2 * rows + row]
-        for column in range(columns):
-            self.data[:, :, :, column] = self.data[:, :, :, 2 * columns - column]
-            self.data[:, :, :, -1 - column] = self.data[:, :, :, -1 - 2 * columns + column]
+            last = self._frame(end - 1)
+            self._place(self.data, last.expand(-1, self.behind, -1, -1, -1), end)
+        for axis, width in enumerate(self.inset):
+            sides = [not side for side in met] if strip is not None and axis == strip.along else (True, True)
+            # A view with the rows, or columns, in front.
+            rows = self.data.movedim(2 + axis, 0)
+            for row in range(width):
+                for open_, at, mirrored in ((sides[0], row, 2 * width - row), (sides[1], ~row, ~(2 * width - row))):
+                    if open_ and border == "reflect":
+                        rows[at] = rows[mirrored]
+                    elif open_:
+                        rows[at].zero_()
 
     def last(self, count: int) -> Tensor:
         """The last frames of e, zeros where there are too few."""
@@ -242,6 +284,39 @@ class Window:
         if self.taps == 1:
             return self.data[:, -count:]
         return self.data[:, -1].unflatten(-1, (self.taps, -1))[..., -count:, :].movedim(-2, 1)
+
+    def _inner(self) -> Tensor:
+        """The data without borders."""
+        rows, columns = self.inset
+        return self.data[:, :, rows : self.data.shape[2] - rows, columns : self.data.shape[3] - columns]
+
+    def _end(self) -> int:
+        """How many frames e has."""
+        return self.data.shape[1] * self.stride + self.taps - self.stride
+
+    def _meet(self, strip: Strip, end: int) -> tuple[bool, bool]:
+        """Fill in what the neighbours of a strip have next to it in the piece; whether there is one at either side."""
+        axis, other, width = 2 + strip.along, 3 - strip.along, self.inset[strip.along]
+        border = self.inset[1 - strip.along]
+        lines = self.data.narrow(other, border, self.data.shape[other] - 2 * border)
+        size = lines.shape[axis] - 2 * width
+        if end > self.shift:
+            first, last = (self._taken(lines.narrow(axis, at, width), end) for at in (width, size))
+            for at, found in zip((0, width + size), strip.beside(first, last), strict=True):
+                if found is not None:
+                    self._place(lines.narrow(axis, at, width), found, self.shift)
+        return strip.neighbours
+
+    def _taken(self, data: Tensor, end: int) -> Tensor:
+        """The frames of the piece, e[shift] to e[end - 1], out of their slots; strides of one only."""
+        slots = data.unflatten(-1, (self.taps, -1))
+        whole = min(end, slots.shape[1])
+        frames = slots[:, self.shift : whole, :, :, 0]
+        if end == whole:
+            return frames
+        # The last ones stand beside the last that has a place of its own.
+        rest = slots[:, -1, :, :, max(self.shift - whole + 1, 1) : end - whole + 1].movedim(3, 1)
+        return torch.cat([frames, rest], 1)
 
     def _frame(self, index: int) -> Tensor:
         """Frame e[index] as (B, 1, H, W, C), from one of the slots that hold it; strides of one only."""
@@ -274,10 +349,9 @@ class Convolved(NamedTuple):
         rows = rows_of(self.value)
         if self.bias is None or not rows.is_contiguous():
             return self.settled().add_(other)
-        if not self.value.is_meta:
-            from fastvideo_vae_core.ops.kernels.rms_norm import add_
+        from fastvideo_vae_core.ops.kernels.rms_norm import add_
 
-            add_(rows, self.bias, rows_of(other))
+        add_(rows, self.bias, rows_of(other))
         return self.value
 
     def plus_late(self, other: Tensor, layer: nn.Module, cache: Cache) -> Tensor:
@@ -317,7 +391,7 @@ def norm_silu_conv(
     fuses = cache.fuses(value, conv)
     if not fuses:
         window.write(norm.silu(rows_of(value), modulation))
-    elif not value.is_meta and value.shape[2]:
+    elif value.shape[2]:
         from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
 
         norm_silu_into(

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
 from fastvideo_vae_core.ops.norm import Moments, affine_of, group_norm_act
 
@@ -33,10 +34,12 @@ class Run:
     Attributes:
         device: where it runs; that of the tensors, but for a rehearsal on the meta device.
         numbers: the most numbers of an item that a convolution reads or makes at a time; None: no bound.
+        passed: called behind each convolution.
     """
 
     device: torch.device
     numbers: int | None = None
+    passed: Callable[[], object] = lambda: None
 
     def fuses(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernels of this device are to be used, rather than the definitions."""
@@ -86,9 +89,6 @@ class Clip:
     def _moments_of(self, piece: Tensor, groups: int, fuses: bool) -> Moments:
         if not fuses:
             return Moments.of(piece if self.bias is None else piece + self.bias.view(-1, 1, 1, 1), groups)
-        if piece.is_meta:
-            mean, spread = piece.new_empty(2, piece.shape[0], groups, dtype=torch.float64)
-            return Moments(piece[0].numel() // groups, mean, spread)
         # Imported here because Triton takes a second to import and only GPUs need it.
         from fastvideo_vae_core.ops.kernels.group_norm import moments
 
@@ -150,9 +150,13 @@ class CausalConv(nn.Module):
         # Frames that lie side by side in the channels of a fused window, see `ops.causal.stacks`.
         self.slots = kernel if stride[0] == 1 and stacks(before, (kernel,) * 3) else 1
 
-    def forward(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    def forward(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         """The frames that a window, with its borders, is enough for."""
         conv = self.conv
+        if not fused and taps.takes(run.device, data, conv):
+            # Contiguous, because all that follows would copy it.
+            made = taps.convolved(data, conv.weight).contiguous()
+            return made if bias is None else made.add_(bias.view(-1, 1, 1, 1))
         if not fused:
             return F.conv3d(data, conv.weight, bias, conv.stride)
         if self.slots == 1:
@@ -160,10 +164,6 @@ class CausalConv(nn.Module):
         else:
             weight = conv.weight.transpose(1, 2).flatten(1, 2)
             made = F.conv2d(stack(data), weight, bias, conv.stride[1:])
-        if made.is_meta:
-            # Without numbers a convolution makes plain results of channels-last weights too.
-            frames = data.shape[1] if self.slots > 1 else made.shape[2]
-            return made.view(len(data), frames, *made.shape[-2:], -1).movedim(-1, 1)
         made = made if self.slots == 1 else unstack(made, data)
         return made.contiguous(memory_format=torch.channels_last_3d)
 
@@ -220,6 +220,7 @@ def convolved(
             # So that it can go before there is its result.
             del part
             yield from window.convolve(conv.conv.bias if bias else None)
+    run.passed()
 
 
 def upsampled(x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int]) -> Iterator[Tensor]:
@@ -259,12 +260,10 @@ class _FoldedConv:
         self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
         self.taps = self.weight.shape[2]
 
-    def __call__(self, data: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    def __call__(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         """The frames that a window, with its borders, is enough for; in front of the first one there is another."""
         bias = None if bias is None else bias.repeat(math.prod(self.repeats))
         made = F.conv3d(data.movedim(-1, 1), self.weight, bias)
-        if made.is_meta:
-            made = made.view(len(data), *made.shape[2:], -1).movedim(-1, 1)
         sides = rows_of(made).unflatten(-1, (*self.repeats, -1))
         frames, height, width = made.shape[2], *(size - 2 * self.border for size in data.shape[2:4])
         time, vertical, horizontal = self.repeats
@@ -336,10 +335,10 @@ class _Passing:
         count = max((frames - taps) // stride + 1, 0)
         left = frames - count * stride
         if isinstance(data, Window):
-            made = self.conv(data.data, bias, True) if count else None
+            made = self.conv(data.data, bias, True, self.run) if count else None
             self._held = data.last(left)
         else:
-            made = self.conv(data, bias, False) if count else None
+            made = self.conv(data, bias, False, self.run) if count else None
             self._held = data[:, :, -left:].clone()
         del data
         if made is not None:
@@ -367,11 +366,10 @@ class _Passing:
             window.remember(held)
         if self._affine is None:
             self._affine = self.reading.affine()
-        if not part.is_meta:
-            from fastvideo_vae_core.ops.kernels.clip import fill
+        from fastvideo_vae_core.ops.kernels.clip import fill
 
-            rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
-            fill(window, rows, self._affine, lead=lead, border=conv.border)
+        rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
+        fill(window, rows, self._affine, lead=lead, border=conv.border)
         return window
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.rehearsal import device_of
+
 
 class Sum(NamedTuple):
     """A sum that the next operation takes, so that adding up costs no pass over memory of its own.
@@ -41,7 +43,7 @@ def arrange(x: Tensor) -> Tensor:
 def conv1d(x: Tensor, conv: nn.Conv1d) -> Sum:
     """The convolution of x (B, C, S), which `arrange` or another convolution has laid out."""
     stride, padding, dilation = _numbers(conv)
-    if x.device.type == "cpu":
+    if device_of(x).type == "cpu":
         return Sum(F.conv1d(x, conv.weight, conv.bias, stride, padding, dilation))
     # cuDNN would add the bias in a pass of its own, which the next operation saves.
     if not _channels_last(x):
@@ -52,20 +54,26 @@ def conv1d(x: Tensor, conv: nn.Conv1d) -> Sum:
     return Sum(y.squeeze(2), bias=conv.bias)
 
 
+def dilated1d(x: Tensor, conv: nn.Conv1d) -> Sum:
+    """The same for a convolution without stride whose padding is some times its dilation, which no kernel has to know.
+
+    cuDNN's choice among dilated kernels depends on all sizes at once, and some of it leaves the tensor cores (see
+    `_gathered`): of LTX-2's vocoder, whose kernels have 3 to 11 taps, a call took 104 ms on an H100 and 9 in the plain
+    layout.
+    """
+    if x.device.type == "cpu" or not _channels_last(x) or conv.dilation[0] == 1:
+        return conv1d(x, conv)
+    return Sum(_folded(x, conv), bias=conv.bias)
+
+
 def upsample1d(x: Tensor, conv: nn.ConvTranspose1d) -> Sum:
-    """The transposed convolution, with a kernel of two strides, of x (B, C, S): (B, C', (S + 1) stride - 2 padding)."""
+    """The transposed convolution of x (B, C, S): (B, C', (S - 1) stride + kernel - 2 padding)."""
     stride, padding, _ = _numbers(conv)
-    if x.device.type == "cpu":
+    if device_of(x).type == "cpu":
         return Sum(F.conv_transpose1d(x, conv.weight, conv.bias, stride, padding))
     if not _channels_last(x):
         return Sum(F.conv_transpose1d(x, conv.weight, None, stride, padding), bias=conv.bias)
-    # Every output is made from two inputs, so it is a convolution with two taps whose outputs are `stride` samples
-    # each, which lie in order in this layout.
-    later, earlier = conv.weight.split(stride, dim=2)
-    taps = torch.stack([earlier, later], dim=2).permute(3, 1, 2, 0).flatten(0, 1).contiguous()
-    blocks = F.conv2d(x.unsqueeze(2), taps.transpose(1, 2).unsqueeze(2), None, padding=(0, 1)).squeeze(2)
-    y = blocks.transpose(1, 2).unflatten(2, (stride, -1)).flatten(1, 2).transpose(1, 2)
-    return Sum(y[:, :, padding : y.shape[2] - padding], bias=conv.bias)
+    return Sum(_interleaved(x, conv), bias=conv.bias)
 
 
 def formulation(device: torch.device, dtype: torch.dtype) -> str:
@@ -89,6 +97,31 @@ def _gathered(x: Tensor, conv: nn.Conv1d) -> Tensor:
     return F.linear(taps_BSCK.mT.flatten(2), weight_OKC.flatten(1)).mT
 
 
+def _folded(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """The convolution over the grid whose rows are as many samples as the dilation: neighbours in its columns are what
+    the taps see, so it is a convolution along them, without dilation. In this layout the grid is the same memory."""
+    _, padding, dilation = _numbers(conv)
+    samples = x.shape[2]
+    rows_BSC = F.pad(x.mT, (0, 0, 0, -samples % dilation))
+    grid_BCHW = rows_BSC.unflatten(1, (-1, dilation)).movedim(-1, 1)
+    made = F.conv2d(grid_BCHW, conv.weight.unsqueeze(3), padding=(padding // dilation, 0))
+    length = samples + 2 * padding - dilation * (conv.kernel_size[0] - 1)
+    return made.movedim(1, -1).flatten(1, 2)[:, :length].mT
+
+
+def _interleaved(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
+    """The transposed convolution as a convolution whose outputs are `stride` samples each, which lie in order in this
+    layout: sample r of block t is the sum over j of tap j * stride + r of input t - j."""
+    stride, padding, _ = _numbers(conv)
+    kernel = conv.kernel_size[0]
+    count = -(-kernel // stride)
+    whole = F.pad(conv.weight, (0, count * stride - kernel)) if kernel % stride else conv.weight
+    taps = whole.unflatten(2, (count, stride)).flip(2).permute(3, 1, 2, 0).flatten(0, 1).contiguous()
+    blocks = F.conv2d(x.unsqueeze(2), taps.transpose(1, 2).unsqueeze(2), None, padding=(0, count - 1)).squeeze(2)
+    y = blocks.transpose(1, 2).unflatten(2, (stride, -1)).flatten(1, 2).transpose(1, 2)
+    return y[:, :, padding : (x.shape[2] - 1) * stride + kernel - padding]
+
+
 def needs(conv: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tuple[int, int]:
     """The inputs [a, b] that the outputs [first, last] are made from; what lies beyond the signal's ends is padding."""
     stride, padding, dilation = _numbers(conv)
@@ -106,7 +139,7 @@ def _numbers(conv: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int, int, int]:
 
 
 def _channels_last(x: Tensor) -> bool:
-    return _is_channels_last(x.device, x.dtype)
+    return _is_channels_last(device_of(x), x.dtype)
 
 
 def _is_channels_last(device: torch.device, dtype: torch.dtype) -> bool:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.rehearsal import device_of
+
 
 class Moments(NamedTuple):
     """First two moments of a set of numbers: how many, their mean (B, G), and the sum of squared distances from it.
@@ -41,6 +43,8 @@ class Moments(NamedTuple):
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets together (Chan, Golub and LeVeque 1979)."""
         size = self.size + other.size
+        if self.mean.is_meta:
+            return Moments(size, self.mean, self.spread)
         gap = other.mean - self.mean
         mean = self.mean + gap * (other.size / size)
         spread = self.spread + other.spread + gap.square() * (self.size * other.size / size)
@@ -60,13 +64,36 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, moments: Moments | None = None) ->
 
 
 def group_norm_act(
-    x: Tensor, norm: nn.GroupNorm, act: Callable[[Tensor], Tensor], moments: Moments | None = None
+    x: Tensor,
+    norm: nn.GroupNorm,
+    act: Callable[[Tensor], Tensor],
+    moments: Moments | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Group norm and activation. The normalised tensor is new, so SiLU overwrites it unless a gradient needs it."""
-    if act is F.silu and _fuses(x, norm):
-        return _fused(x, norm, moments, silu=True)
+    """Group norm and activation. The normalised tensor is new, so SiLU overwrites it unless a gradient needs it.
+
+    bias: (C), still to be added to x; it costs no pass over memory where `fuses`, unless there are moments.
+    """
+    if bias is not None and (moments is not None or not fuses(x, norm, act)):
+        x, bias = x + bias.view(-1, *[1] * (x.ndim - 2)), None
+    if fuses(x, norm, act):
+        return _fused(x, norm, moments, silu=True, bias=bias)
     y = group_norm(x, norm, moments)
     return F.silu(y, inplace=True) if act is F.silu and not y.requires_grad else act(y)
+
+
+def fuses(x: Tensor, norm: nn.GroupNorm, act: Callable[[Tensor], Tensor]) -> bool:
+    """Whether norm and activation are computed in kernels, which take biases of convolutions with them."""
+    return act is F.silu and _fuses(x, norm)
+
+
+def plus(x: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    """x + bias + other for grids that `fuses` is true of, in the place of x if its channels are innermost."""
+    from fastvideo_vae_core.ops.kernels.rms_norm import add_
+
+    x = x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+    add_(x.movedim(1, -1), bias, other.movedim(1, -1))
+    return x
 
 
 def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -78,6 +105,9 @@ def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
     """The norm by given moments as y = x * scale + offset, float64 (B, C) each."""
+    if moments.mean.is_meta:
+        scale, offset = moments.mean.new_empty(2, len(moments.mean), norm.num_channels)
+        return scale, offset
     rstd = (moments.spread / moments.size + norm.eps).rsqrt()
     channels = norm.num_channels // norm.num_groups
     scale = rstd.repeat_interleave(channels, dim=1) * norm.weight.double()
@@ -86,7 +116,9 @@ def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
 
 def _on_gpu(x: Tensor) -> bool:
     """Whether the Triton kernels can take this: channels innermost, on a GPU, at most float32."""
-    return x.is_cuda and _TRITON and x.dtype != torch.float64 and x.ndim in _CHANNELS_LAST and x.stride(1) == 1
+    if device_of(x).type != "cuda" or not _TRITON or x.dtype == torch.float64:
+        return False
+    return x.ndim in _CHANNELS_LAST and x.stride(1) == 1
 
 
 def _fuses(x: Tensor, norm: nn.GroupNorm) -> bool:
@@ -94,13 +126,13 @@ def _fuses(x: Tensor, norm: nn.GroupNorm) -> bool:
     return _on_gpu(x) and not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
 
 
-def _fused(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool) -> Tensor:
+def _fused(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool, bias: Tensor | None = None) -> Tensor:
     from fastvideo_vae_core.ops.kernels import group_norm as kernels
 
     # A part of a grid has gaps between its rows.
     x = x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
     if moments is None:
-        return kernels.group_norm_silu(x, norm, silu)
+        return kernels.group_norm_silu(x, norm, silu, bias)
     scale, offset = affine_of(norm, moments)
     return kernels.apply_affine(x, scale.float(), offset.float(), silu)
 

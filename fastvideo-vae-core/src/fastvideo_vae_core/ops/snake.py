@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.conv1d import Sum, conv1d
+from fastvideo_vae_core.rehearsal import device_of
 
 
 class Snake(nn.Module):
@@ -62,7 +63,7 @@ def snake_pointwise(x: Sum, act: Snake, conv: nn.Conv1d, skip: Tensor) -> Sum:
 
 def _fused(x: Tensor, act: Snake) -> bool:
     """Whether the Triton kernels take this: on a GPU, at most float32, and nothing to differentiate."""
-    if not x.is_cuda or x.dtype == torch.float64 or not _TRITON:
+    if device_of(x).type != "cuda" or x.dtype == torch.float64 or not _TRITON:
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or act.alpha.requires_grad))
 

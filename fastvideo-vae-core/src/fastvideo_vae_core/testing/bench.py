@@ -6,11 +6,14 @@ a CPU as a rehearsal, whose times mean nothing.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import platform
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -235,6 +238,18 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).sum().item()
     y.sum().item()
     z.sum().item()
+
+
+def free_memory() -> None:
+    """Give a test's memory back before the next. Python keeps the last exception and with it all that its frames hold,
+    so one test that fails for memory would take the others with it."""
+    failure: BaseException | None = getattr(sys, "last_value", None)
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__context__
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()

@@ -18,10 +18,13 @@ import pytest
 from fastvideo_vae_core.testing.contract.calls import CallContract
 from fastvideo_vae_core.testing.contract.execution import ExecutionContract
 from fastvideo_vae_core.testing.contract.files import FileContract
+from fastvideo_vae_core.testing.contract.interruption import InterruptionContract
 from fastvideo_vae_core.testing.contract.latents import LatentContract
 from fastvideo_vae_core.testing.contract.sizes import SizeContract
 
 
 @pytest.mark.conformance
-class ConformanceSuite(SizeContract, CallContract, ExecutionContract, LatentContract, FileContract):
-    """Sizes, calls, ways of execution, latents and files. Hooks: see `contract.hooks.Hooks`."""
+class ConformanceSuite(
+    SizeContract, CallContract, ExecutionContract, InterruptionContract, LatentContract, FileContract
+):
+    """Sizes, calls, ways of execution and how they end, latents and files. Hooks: see `contract.hooks.Hooks`."""

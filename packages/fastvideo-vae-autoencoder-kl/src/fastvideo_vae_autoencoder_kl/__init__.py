@@ -9,10 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastvideo_vae_autoencoder_kl.blending import DIFFUSERS, DIFFUSERS_1024
     from fastvideo_vae_autoencoder_kl.config import FLUX1, SD1, SD3, SDXL, AutoencoderKLArchConfig
     from fastvideo_vae_autoencoder_kl.model import AutoencoderKL
 
 _HOME = {
+    "DIFFUSERS": "blending",
+    "DIFFUSERS_1024": "blending",
     "AutoencoderKL": "model",
     "AutoencoderKLArchConfig": "config",
     "FLUX1": "config",
@@ -21,7 +24,7 @@ _HOME = {
     "SDXL": "config",
 }
 
-__all__ = ["FLUX1", "SD1", "SD3", "SDXL", "AutoencoderKL", "AutoencoderKLArchConfig"]
+__all__ = ["DIFFUSERS", "DIFFUSERS_1024", "FLUX1", "SD1", "SD3", "SDXL", "AutoencoderKL", "AutoencoderKLArchConfig"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo_vae_autoencoder_kl.config import AutoencoderKLArchConfig
+from fastvideo_vae_core.blending import Blend, BlendedTiles, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.attention import GridAttention
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
-from fastvideo_vae_core.ops.norm import Moments, formulation, group_norm_act
+from fastvideo_vae_core.ops.norm import Moments, formulation, fuses, group_norm_act, plus
 from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -87,6 +88,11 @@ class AutoencoderKL(ParallelTiledVAE[DiagonalGaussianDistribution]):
 
     def _decode(self, z_BChw: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z_BChw))
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        ratio = self.arch.spatial_compression_ratio
+        blend.check(None, ratio)
+        return blended_tiles(shape, None, blend.cut("pixels", direction, ratio))
 
     def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
         return formulation(self.device, dtype)
@@ -249,7 +255,13 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._second(self._first(x, None), x, None)
+        if not fuses(x, self.norm1, self.act):
+            return self._second(self._first(x, None), x, None)
+        # The same, with biases left to who reads next: each would be a pass over memory.
+        h = _unbiased(group_norm_act(x, self.norm1, self.act), self.conv1)
+        h = _unbiased(group_norm_act(h, self.norm2, self.act, bias=self.conv1.bias), self.conv2)
+        assert self.conv2.bias is not None
+        return plus(h, self.conv2.bias, self.conv_shortcut(x))
 
     def steps(self, name: str) -> Iterator[Step]:
         yield Step(
@@ -313,6 +325,10 @@ _CONV = (Axis(before=1, after=1),) * 2
 def _arch(config: VAEConfig) -> AutoencoderKLArchConfig:
     assert isinstance(config.arch_config, AutoencoderKLArchConfig)
     return config.arch_config
+
+
+def _unbiased(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 def _conv_step(name: str, conv: nn.Conv2d) -> Step:

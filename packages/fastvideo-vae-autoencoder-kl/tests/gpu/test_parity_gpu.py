@@ -7,6 +7,9 @@ same code runs on every machine as a rehearsal with tiny networks on the CPU, wh
 from __future__ import annotations
 
 import contextlib
+import gc
+import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -35,6 +38,7 @@ from fastvideo_vae_core.testing.bench import (
     warm_up,
     without_tf32,
 )
+from fastvideo_vae_core.testing.exhaustion import Exhaustion
 from fastvideo_vae_core.testing.golden import fill, make_input
 from fastvideo_vae_core.testing.parity import relative_error
 from fastvideo_vae_core.testing.threads import single_thread
@@ -44,6 +48,9 @@ diffusers = pytest.importorskip("diffusers", reason="this machine has no diffuse
 ARCHS = {"SDXL": SDXL, "FLUX.1": FLUX1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
+# Of two results in bfloat16, each with errors of its own.
+TWO_WAYS = 0.05
 
 FOOTNOTE = f"{HOW} The reference of the distance, which is relative, is diffusers in float64."
 
@@ -109,6 +116,12 @@ def test_a_large_picture_fits_the_budget_that_it_is_given(table: Table, directio
     check_budget(ON_GPU, table, "SDXL", direction)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_a_large_picture_fits_what_is_free(direction: Direction) -> None:
+    check_scarce(ON_GPU, "SDXL", direction)
+
+
 # -------------------------------------------------------------------- the rehearsal
 
 
@@ -126,6 +139,7 @@ def test_rehearsal_on_the_cpu() -> None:
             check_accuracy(measure(bench, rehearsed, name, direction, dtype))
         check_tiled(bench, "SDXL", "encode", torch.float64, 1e-12)
         check_budget(bench, rehearsed, "SDXL", "decode")
+        check_scarce(bench, "SDXL", "decode")
     text = str(rehearsed)
     assert "REHEARSAL" in text
     assert len(rehearsed.rows) == 5
@@ -182,12 +196,51 @@ def check_budget(bench: Bench, table: Table, name: str, direction: Direction) ->
             resident=resident_bytes(ours, direction, x),
             operations=tflop(bench, name, direction) * (bench.large / bench.pixels) ** 2,
             predicted=plan.peak_bytes,
-            note="whole" if plan.tile is None else f"exact tiles of {plan.tile[0]}, for {budget / GIB:.2f} GiB",
+            note="whole" if plan.tile is None else f"exact tiles of {plan.tile}, for {budget / GIB:.2f} GiB",
         )
         table.add(row)
-    assert plans[1].tile == (bench.tile,) * 2
+    assert plans[1].tile is not None
+    assert plans[1].peak_bytes <= budget
     # What the allocator gave, workspaces of cuDNN included. Without a GPU there is nothing to compare.
     assert not row.peak[1] > budget / GIB, f"{row.peak[1]:.2f} GiB, more than the budget of {budget / GIB:.2f}"
+
+
+def check_scarce(bench: Bench, name: str, direction: Direction) -> None:
+    """With less free memory than the whole large picture takes: a call without a plan does with it, and one that was
+    told to compute the whole runs out of it and goes on with less."""
+    ours, _ = sides(bench, name, torch.bfloat16)
+    x = example(bench, name, direction, bench.large).to(bench.device, torch.bfloat16)
+    whole, tiled = plan_of(ours, direction, x), plan_of(ours, direction, x, tile=(bench.tile,) * 2)
+    expected = run(ours, direction, x, whole)
+    room = (whole.peak_bytes + tiled.peak_bytes) // 2 - resident_bytes(ours, direction, x)
+    with scarce(ours, room) as exhaustion:
+        begun = time.perf_counter()
+        plan = plan_of(ours, direction, x, memory_budget="free")
+        print(f"\n{1e3 * (time.perf_counter() - begun):.1f} ms for\n{plan}")
+        assert plan.mode == "tiled"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            made = run(ours, direction, x)
+        assert relative_error(made, expected) <= TWO_WAYS
+        with exhaustion, pytest.warns(UserWarning, match="ran out of memory"):
+            made = run(ours, direction, x, whole)
+        assert relative_error(made, expected) <= TWO_WAYS
+
+
+@contextlib.contextmanager
+def scarce(ours: AutoencoderKL, room: int) -> Iterator[contextlib.AbstractContextManager[object]]:
+    """So many bytes are free, because something else has the others; on a CPU the model is told so, and what it gives
+    makes a call run out of memory."""
+    if ours.device.type == "cpu":
+        ours._free_bytes = lambda: room  # type: ignore[method-assign]
+        yield Exhaustion(0)
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    ballast = torch.empty(torch.cuda.mem_get_info(ours.device)[0] - room, dtype=torch.uint8, device=ours.device)
+    yield contextlib.nullcontext()
+    del ballast
+    torch.cuda.empty_cache()
 
 
 # -------------------------------------------------------------------- its parts

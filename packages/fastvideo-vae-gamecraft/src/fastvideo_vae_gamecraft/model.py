@@ -7,22 +7,20 @@ Source: Tencent-Hunyuan/Hunyuan-GameCraft-1.0 `hymm_sp/vae/autoencoder_kl_causal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastvideo_vae_core.blending import Blend, BlendedTiles, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
-from fastvideo_vae_core.ops.clip import Clip, Run, formulation
+from fastvideo_vae_core.ops.clip import CausalConv, Clip, Run, formulation
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step
+from fastvideo_vae_core.units import Units
 from fastvideo_vae_core.vae import ParallelTiledVAE
-from fastvideo_vae_gamecraft import blending
-from fastvideo_vae_gamecraft.blending import Blend
 from fastvideo_vae_gamecraft.config import HunyuanVideoArchConfig
 from fastvideo_vae_gamecraft.network import Decoder, Encoder, pointwise_step
 
@@ -51,7 +49,6 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         super().__init__(config)
         arch = self.arch = _arch(config)
         z = arch.latent_channels
-        self.blend: Blend | None = None
         if config.load_encoder:
             self.encoder = Encoder(arch)
             self.quant_conv = nn.Conv3d(2 * z, 2 * z, 1)
@@ -95,31 +92,6 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         """z / scaling."""
         return unscale_latents(z, self.arch.scaling_factor)
 
-    def enable_blending(self, blend: Blend) -> None:
-        """Cut into overlapping tiles and blend them from now on: published numbers, not the network's own."""
-        self.config = replace(self.config, use_tiling=False)
-        self.blend = blend
-
-    def disable_blending(self) -> None:
-        """Compute whole clips from now on."""
-        self.blend = None
-
-    def plan_encode(self, shape: Sequence[int], *, blend: Blend | None = None, **options: Any) -> Plan:
-        """Say how `encode` would compute samples of that shape.
-
-        blend: overlapping tiles instead of the whole, see `enable_blending`.
-        options: as in `ParallelTiledVAE.plan_encode`, which has the errors too. `chunk` is in latent frames: how much
-            of the finest grid a convolution takes at a time.
-
-        Raises:
-            ConfigError: a blend, which brings its own tiles, beside a tile or a budget; or tiles of odd sizes.
-        """
-        return self._planned("encode", shape, blend=blend, **options)
-
-    def plan_decode(self, shape: Sequence[int], *, blend: Blend | None = None, **options: Any) -> Plan:
-        """Say how `decode` would compute latents of that shape; arguments and errors as in `plan_encode`."""
-        return self._planned("decode", shape, blend=blend, **options)
-
     def encode_steps(self, run: Run | None = None) -> list[Step]:
         run = Run(self.device) if run is None else run
         return [*self.encoder.steps(run), pointwise_step("quant_conv", self.quant_conv)]
@@ -136,45 +108,37 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         run = Run(z_BCthw.device) if run is None else run
         return self.decoder(Clip([self.post_quant_conv(z_BCthw)]), run).joined()
 
-    def _plan(
-        self,
-        direction: Direction,
-        shape: tuple[int, ...],
-        memory_budget: int | str | None = None,
-        tile: Sequence[int] | None = None,
-        items: int | None = None,
-        chunk: int | None = None,
-        blend: Blend | None = None,
-    ) -> Plan:
-        blend = self.blend if blend is None else blend
-        plan = super()._plan(direction, shape, memory_budget, tile, items, chunk)
-        if blend is None:
-            return plan
-        if memory_budget is not None or plan.tile is not None:
-            raise ConfigError(f"a blend ({blend}) brings its own tiles; leave out tiling and budgets")
-        blend.check(self.arch.temporal_compression_ratio, self.arch.spatial_compression_ratio)
-        return replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole clip"))
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        time, space = self.arch.temporal_compression_ratio, self.arch.spatial_compression_ratio
+        blend.check(time, space)
+        return blended_tiles(shape, blend.cut("frames", direction, time), blend.cut("pixels", direction, space))
 
     def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
         return formulation(self.device, dtype)
 
-    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
+    def _execute(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        if not plan.in_steps:
+            return super()._execute(plan, x, units)
+        run = Run(plan.device, self._most_numbers(plan))
+        steps = self.encode_steps(run) if plan.direction == "encode" else self.decode_steps(run)
+        return self._run_steps(plan, steps, x, units)
+
+    def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        half = self.encoder if plan.direction == "encode" else self.decoder
+        units.begin(sum(isinstance(layer, CausalConv) for layer in half.modules()))
+        run = Run(plan.device, self._most_numbers(plan), units.done)
+        return self._encode(x, run) if plan.direction == "encode" else self._decode(x, run)
+
+    def _most_numbers(self, plan: Plan) -> int | None:
+        """What a convolution takes at a time; None: everything."""
         latents = (plan.output_shape if plan.direction == "encode" else plan.input_shape)[2]
         numbers = None
         if plan.chunk is not None and plan.chunk < latents:
             numbers = self._numbers(plan.direction, plan.input_shape, plan.chunk)
-        run = Run(plan.device, numbers)
-        if plan.in_steps:
-            steps = self.encode_steps(run) if plan.direction == "encode" else self.decode_steps(run)
-            return self._run_steps(plan, steps, x)
-
-        def network(part: Tensor) -> Tensor:
-            return self._encode(part, run) if plan.direction == "encode" else self._decode(part, run)
-
-        if not isinstance(plan.blend, Blend):
-            return network(x)
-        ratios = self.arch.temporal_compression_ratio, self.arch.spatial_compression_ratio
-        return blending.run(network, x, plan.blend, plan.direction, *ratios)
+        if plan.tile is not None and plan.device.type != "cpu":
+            # Tiles are there to save memory.
+            numbers = min(numbers or _TILE_BYTES, _TILE_BYTES // plan.dtype.itemsize)
+        return numbers
 
     def _chunk(
         self, direction: Direction, shape: Sequence[int], output: Sequence[int], asked: int | None
@@ -206,3 +170,5 @@ def _arch(config: VAEConfig) -> HunyuanVideoArchConfig:
 
 # Bytes of what a convolution takes at a time: larger pieces gain nothing in speed.
 _PIECE_BYTES = 1 << 30
+# The same in a tile, where it is enough to keep a GPU busy.
+_TILE_BYTES = 1 << 27

@@ -302,8 +302,7 @@ def _plus(made: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """made + bias + other, in the place of what a convolution made."""
     if bias is None:
         return made.add_(other)
-    if not made.is_meta:
-        from fastvideo_vae_core.ops.kernels.rms_norm import add_
+    from fastvideo_vae_core.ops.kernels.rms_norm import add_
 
-        add_(rows_of(made), bias, rows_of(other))
+    add_(rows_of(made), bias, rows_of(other))
     return made

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvideo_vae_ltx2.audio import AutoencoderKLLTX2Audio
+    from fastvideo_vae_ltx2.blending import DIFFUSERS, DIFFUSERS_FRAMEWISE, OFFICIAL, WeightedBlend
     from fastvideo_vae_ltx2.config import (
         LTX2_AUDIO,
         LTX20_VIDEO,
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from fastvideo_vae_ltx2.vocoder import LTX2Vocoder
 
 _HOME = {
+    "DIFFUSERS": "blending",
+    "DIFFUSERS_FRAMEWISE": "blending",
+    "OFFICIAL": "blending",
+    "WeightedBlend": "blending",
     "LTX20_VIDEO": "config",
     "LTX20_VIDEO_TIMED": "config",
     "LTX20_VOCODER": "config",
@@ -45,12 +50,15 @@ _HOME = {
 }
 
 __all__ = [
+    "DIFFUSERS",
+    "DIFFUSERS_FRAMEWISE",
     "LTX2_AUDIO",
     "LTX20_VIDEO",
     "LTX20_VIDEO_TIMED",
     "LTX20_VOCODER",
     "LTX23_VIDEO",
     "LTX23_VOCODER",
+    "OFFICIAL",
     "AutoencoderKLLTX2Audio",
     "AutoencoderKLLTX2Video",
     "LTX2AudioArchConfig",
@@ -59,6 +67,7 @@ __all__ = [
     "LTX2VocoderArchConfig",
     "WaveformDecoder",
     "WaveformEncoder",
+    "WeightedBlend",
     "log_mel",
 ]
 

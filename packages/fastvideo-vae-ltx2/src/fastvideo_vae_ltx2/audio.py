@@ -6,10 +6,9 @@ Source: Lightricks/LTX-2 `ltx_core/model/audio_vae/audio_vae.py`. Names are the 
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
+from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.modules import Modules
-from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.ops.nearest import Nearest
+from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.tiling import Axis, Step, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2.config import LTX2AudioArchConfig
@@ -28,8 +29,6 @@ from fastvideo_vae_ltx2.mel import log_mel
 EPS = 1e-6
 # Latents of a piece of a stream: 20 s, of which 7 % are computed twice.
 _PIECE = 512
-# So many pieces are computed to predict the memory of any number.
-_ALIKE = 3
 
 
 class AutoencoderKLLTX2Audio(ParallelTiledVAE[DiagonalGaussianDistribution]):
@@ -181,20 +180,6 @@ class AutoencoderKLLTX2Audio(ParallelTiledVAE[DiagonalGaussianDistribution]):
         longest = max(shape[2], output[2])
         return [(length, self.arch.mel_bins) for length in lengths if length < longest]
 
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
-        frames = plan.input_shape[2] if plan.direction == "encode" else plan.output_shape[2]
-        if plan.tile is None or -(-frames // plan.tile[0]) <= _ALIKE:
-            return super()._predict(plan)
-        latents = _ALIKE * -(-plan.tile[0] // self.arch.ratio)
-        short_z = (plan.input_shape[0], self.channels[1], latents, self.arch.mel_bins // self.arch.ratio)
-        shapes = short_z, self.decoded_shape(short_z)
-        less = replace(
-            plan, input_shape=shapes[plan.direction == "encode"], output_shape=shapes[plan.direction == "decode"]
-        )
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
-        return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
-
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, self.arch.latent_channels, 1, -1)
         return self.latents_mean.to(z).view(shape), self.latents_std.to(z).view(shape)
@@ -223,7 +208,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(norm_silu(self.mid(x)))
+        return norm_silu_conv(self.mid(x), self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -250,7 +235,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)
-        return self.conv_out(norm_silu(x))
+        return norm_silu_conv(x, self.conv_out)
 
 
 class DownLevel(nn.Module):
@@ -303,7 +288,7 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if before == after else CausalConv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(norm_silu(self.conv1(norm_silu(x))))
+        h = norm_silu_conv(norm_silu_conv(x, self.conv1), self.conv2)
         return self.nin_shortcut(x) + h
 
 
@@ -316,7 +301,11 @@ class CausalConv2d(nn.Module):
         self.conv = nn.Conv2d(before, after, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, self.pads))
+        x = F.pad(x, self.pads)
+        if not taps.takes(x.device, x, self.conv):
+            return self.conv(x)
+        assert self.conv.bias is not None
+        return taps.convolved(x, self.conv.weight) + self.conv.bias.view(-1, 1, 1)
 
 
 class Downsample(nn.Module):
@@ -335,10 +324,27 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.nearest = Nearest()
         self.conv = CausalConv2d(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))[:, :, 1:]
+        return self.conv(self.nearest(x))[:, :, 1:]
+
+
+def norm_silu_conv(x: Tensor, conv: CausalConv2d) -> Tensor:
+    """conv(norm_silu(x)). In 16 bits on a GPU the activation is written straight into the padded input of the
+    convolution: a network this small is little more than the cost of launching its kernels."""
+    if not _fuses(x, conv.conv.weight):
+        return conv(norm_silu(x))
+    # Imported here because Triton takes a second to import and only GPUs need it.
+    from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
+
+    bins, _, before, _ = conv.pads
+    rows_BTMC = x.movedim(1, -1)
+    batch, frames, width, channels = rows_BTMC.shape
+    window = x.new_zeros(batch, 1, before + frames, width + 2 * bins, channels)
+    norm_silu_into(window, rows_BTMC.unsqueeze(1), None, None, taps=1, shift=0, inset=(before, bins), eps=EPS)
+    return conv.conv(window[:, 0].movedim(-1, 1))
 
 
 def norm_silu(x: Tensor) -> Tensor:
@@ -352,11 +358,18 @@ def _blocks(before: int, after: int, count: int) -> Iterator[ResidualBlock]:
     return (ResidualBlock(after if each else before, after) for each in range(count))
 
 
+def _fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes this: channels-last, as 16 bits on a GPU are, and nothing to differentiate."""
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return x.is_cuda and _HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16) and not differentiates
+
+
 def _arch(config: VAEConfig) -> LTX2AudioArchConfig:
     assert isinstance(config.arch_config, LTX2AudioArchConfig)
     return config.arch_config
 
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _NO_TILES = (
     "tiles in height and width are for pictures; spectrograms are cut along time alone: leave use_tiling off, or pass"
     " tile=(frames, mel bins) to plan_encode and plan_decode"

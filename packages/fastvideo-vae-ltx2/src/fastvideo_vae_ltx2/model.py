@@ -7,7 +7,6 @@ Source: Lightricks/LTX-2 `ltx_core/model/video_vae`.
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastvideo_vae_core.blending import Blend, BlendedTiles, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution, randn_like
 from fastvideo_vae_core.errors import ConfigError, ShapeError
@@ -22,11 +22,15 @@ from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.outputs import DecoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Sharding
+from fastvideo_vae_core.strips import run_strip
 from fastvideo_vae_core.tiling import Axis, Step
-from fastvideo_vae_core.vae import ParallelTiledVAE
+from fastvideo_vae_core.units import Progress, Units
+from fastvideo_vae_core.vae import Mesh, ParallelTiledVAE
 from fastvideo_vae_ltx2 import streaming
+from fastvideo_vae_ltx2.blending import WeightedBlend
 from fastvideo_vae_ltx2.config import LTX2VideoArchConfig
-from fastvideo_vae_ltx2.network import STRIDES, Decoder, DownLevel, Encoder, UpLevel
+from fastvideo_vae_ltx2.network import Decoder, DownLevel, Encoder, UpLevel
 from fastvideo_vae_ltx2.streaming import Stage
 
 # The official settings of a decoder that takes a timestep.
@@ -113,6 +117,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         generator: torch.Generator | list[torch.Generator] | None = None,
         *,
         plan: Plan | None = None,
+        progress: Progress | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode un-normalised latents to video, nominally in [-1, 1].
 
@@ -120,7 +125,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         temb: timestep of every item (B), or one for all, for decoders that take one; 0.05 by default.
         generator: for decoders that take a timestep: draws the noise that the official decoder mixes in, in normalised
             space. Without one nothing is mixed in, as in diffusers, whose pipelines do it themselves.
-        plan: from `plan_decode`; without one the configuration decides.
+        plan, progress: as in `ParallelTiledVAE.decode`.
 
         Raises:
             ShapeError: z has the wrong number of axes or channels, or there is another number of timesteps.
@@ -129,19 +134,21 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         self._check_layout("decode", z.shape)
         z = self._noisy(z, generator)
         if temb is None:
-            sample = self._run("decode", z, plan)
+            sample = self._run("decode", z, plan, progress)
         else:
-            plan = self._plan("decode", tuple(z.shape)) if plan is None else plan
+            plan = self._matching("decode", z, plan)
             timed = self._with_timestep(z, temb)
-            if plan.input_shape == tuple(z.shape):
-                plan = replace(plan, input_shape=tuple(timed.shape))
-            sample = self._run("decode", timed, plan)
+            sample = self._run("decode", timed, replace(plan, input_shape=tuple(timed.shape)), progress)
         return DecoderOutput(sample) if return_dict else (sample,)
 
-    def decode_stream(self, z: Tensor | Iterable[Tensor], temb: Tensor | float | None = None) -> Iterator[Tensor]:
-        """Yield each finished piece of the video; `temb` as in `decode`."""
+    def decode_stream(
+        self, z: Tensor | Iterable[Tensor], temb: Tensor | float | None = None, *, mesh: Mesh | None = None
+    ) -> Iterator[Tensor]:
+        """Yield each finished piece of the video; `temb` as in `decode`, `mesh` as in `encode_stream`."""
         chunks = (z,) if isinstance(z, Tensor) else z
-        return self._stream("decode", chunks if temb is None else (self._with_timestep(each, temb) for each in chunks))
+        if temb is not None:
+            chunks = (self._with_timestep(each, temb) for each in chunks)
+        return self._streamed("decode", chunks, mesh)
 
     def _noisy(self, z: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Latents with the official noise."""
@@ -171,7 +178,9 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             return z, z.new_full((len(z),), DECODE_TIMESTEP)
         return z[:, :-1], z[:, -1, 0, 0, 0]
 
-    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _encode(
+        self, x_BCTHW: Tensor, chunk: int | None = None, cache: Cache | None = None, units: Units | None = None
+    ) -> Tensor:
         group = self.arch.ratios[0]
         frames = 1 + (x_BCTHW.shape[2] - 1) // group
         chunk = self._default_chunk("encode", x_BCTHW.shape) if chunk is None else chunk
@@ -183,11 +192,14 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             first=1 + chunk * group,
             piece=chunk * group,
             frames=frames,
-            device=device or x_BCTHW.device,
+            cache=cache or Cache(x_BCTHW.device),
+            units=units,
         )
         return self._spread_variance(made)
 
-    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _decode(
+        self, z_BCthw: Tensor, chunk: int | None = None, cache: Cache | None = None, units: Units | None = None
+    ) -> Tensor:
         chunk = self._default_chunk("decode", z_BCthw.shape) if chunk is None else chunk
         z, timestep = self._timestep(z_BCthw)
         return streaming.run(
@@ -196,7 +208,8 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             first=chunk,
             piece=chunk,
             frames=self.sample_axes[0].output_size(z.shape[2]),
-            device=device or z.device,
+            cache=cache or Cache(z.device),
+            units=units,
         )
 
     def _spread_variance(self, made: Tensor) -> Tensor:
@@ -273,17 +286,40 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             frames *= level.upsamplers[0].stride[0]
         return stages
 
-    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        chunk = plan.chunk or 1
-        if plan.direction == "encode":
+    def _execute(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        chunk, encodes = plan.chunk or 1, plan.direction == "encode"
+        if encodes:
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if not plan.in_steps:
-                return self._encode(x, chunk, plan.device)
-            return self._run_steps(plan, self.encode_steps(chunk, plan.device), x)
-        if not plan.in_steps:
-            return self._decode(x, chunk, plan.device)
-        z, timestep = self._timestep(x)
-        return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z)
+        if plan.tile is not None:
+            if encodes:
+                return self._run_steps(plan, self.encode_steps(chunk, plan.device), x, units)
+            z, timestep = self._timestep(x)
+            return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z, units)
+        if plan.sharding is None:
+            return super()._execute(plan, x, units)
+        network = self._encode if encodes else self._decode
+        latents = plan.output_shape if encodes else plan.input_shape
+        channels = 2 * self.arch.latent_channels if encodes else self.channels[0]
+        return run_strip(
+            lambda part, strip: network(part, chunk, Cache(plan.device, strip), units),
+            x,
+            plan.sharding,
+            latents,
+            (len(x), channels, *plan.output_shape[2:]),
+        )
+
+    def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        network = self._encode if plan.direction == "encode" else self._decode
+        return network(x, plan.chunk or 1, Cache(plan.device), units)
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        time, space = self.arch.ratios
+        blend.check(time, space)
+        if isinstance(blend, WeightedBlend):
+            return blend.tiles(shape, direction, time, space)
+        frames, pixels = blend.cut("frames", direction, time), blend.cut("pixels", direction, space)
+        # diffusers drops the last frame of decoded tiles, where the first is the one too many.
+        return blended_tiles(shape, frames, pixels, drops="first" if direction == "encode" else "last")
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces as soon as they are final, from chunks of any lengths; only the cache is held between them.
@@ -294,39 +330,64 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         Raises:
             ShapeError: a chunk does not continue the one before, or frames are left over that fill no latent.
         """
+        cache = Cache(self.device)
+        for _, parts in self._made(direction, self._pieces(direction, chunks), cache):
+            yield from parts
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        pieces = self._pieces(direction, chunks, sharding.world)
+        first = next(pieces, None)
+        if first is None:
+            return
+        strip, stored = self._strip(direction, first, sharding), self._half_dtype(direction)
+        frame = (len(first), self.channels[direction == "decode"], 1, *first.shape[3:])
+        if direction == "encode":
+            output = (len(first), 2 * self.arch.latent_channels, *self.encoded_shape(frame)[2:])
+        else:
+            output = self.decoded_shape(frame)
+        cache = Cache(self.device, strip)
+        for piece, parts in self._made(direction, itertools.chain([first], pieces), cache):
+            own = [self._sent(direction, part, sharding) for part in parts]
+            like = self._sent(direction, piece.new_empty(0, dtype=stored), sharding)
+            whole = strip.assembled(own, output, like)
+            if whole.shape[2]:
+                yield whole
+
+    def _made(
+        self, direction: Direction, pieces: Iterable[Tensor], cache: Cache
+    ) -> Iterator[tuple[Tensor, Iterable[Tensor]]]:
+        """Each piece and what it makes, in parts; of a strip where the cache is that of one."""
         stored = self._half_dtype(direction)
         dtype, retry, _ = self._fp16(stored)
         model = self if dtype == stored else self._twin(direction, dtype)
-        cache = Cache(self.device)
         timestep: Tensor | None = None
-        pieces = self._pieces(direction, chunks)
         # A causal half has given everything when the last piece is through.
         late = direction == "decode" and not self.arch.decoder_causal
         for piece, last in _ended(pieces) if late else ((piece, False) for piece in pieces):
+            x = piece
             if direction == "decode":
                 if piece.shape[2]:
                     timestep = self._timestep(piece)[1]
-                piece = piece[:, : self.arch.latent_channels]
-            piece = piece.to(stored).to(dtype)
+                x = piece[:, : self.arch.latent_channels]
+            x = x.to(stored).to(dtype)
             if retry:
                 before = cache.copy()
-                made = list(model._flow(direction, piece, last, cache, timestep))
-                if all(bool(each.isfinite().all()) for each in made):
-                    yield from made
+                made = list(model._flow(direction, x, last, cache, timestep))
+                if not cache.agreed(not all(bool(each.isfinite().all()) for each in made)):
+                    yield piece, made
                     continue
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)
                 dtype, retry, model = torch.float32, False, self._twin(direction, torch.float32)
-                cache, piece = before.handed_to(model, self, dtype), piece.to(dtype)
-            for part in model._flow(direction, piece, last, cache, timestep):
-                yield part.to(stored)
+                cache, x = before.handed_to(model, self, dtype), x.to(dtype)
+            yield piece, (part.to(stored) for part in model._flow(direction, x, last, cache, timestep))
 
-    def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _pieces(self, direction: Direction, chunks: Iterable[Tensor], ranks: int = 1) -> Iterator[Tensor]:
         chunks = iter(chunks)
         first = next(chunks, None)
         if first is None:
             return iter(())
         group = self.arch.ratios[0] if direction == "encode" else 1
-        piece = group * self._default_chunk(direction, first.shape)
+        piece = group * self._default_chunk(direction, first.shape) * ranks
         checked = self._checked(direction, itertools.chain([first], chunks))
         return streaming.cut(
             checked, first=1, piece=piece, group=group, surplus=self.config.illegal_sizes == "official"
@@ -347,12 +408,16 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
         self, direction: Direction, x: Tensor, last: bool, cache: Cache, timestep: Tensor | None
     ) -> Iterator[Tensor]:
         """What one piece of a stream makes, in parts."""
+        if cache.strip is not None and cache.strip.empty:
+            return iter(())
+        pieces = [(cache.own(x), last)]
         if direction == "encode":
-            made = streaming.flow(self._encoder_stages(), [(x, last)], cache)
+            made = streaming.flow(self._encoder_stages(), pieces, cache)
             return (self._spread_variance(each) for each in made)
         timestep = None if timestep is None else timestep.to(x.dtype)
-        shape = (*x.shape[:2], 1, *x.shape[3:])
-        return streaming.flow(self._decoder_stages(self._default_chunk("decode", shape), timestep), [(x, last)], cache)
+        ranks = 1 if cache.strip is None else cache.strip.ranks.world
+        chunk = self._default_chunk("decode", (*x.shape[:2], 1, *x.shape[3:])) * ranks
+        return streaming.flow(self._decoder_stages(chunk, timestep), pieces, cache)
 
     def _plan(
         self,
@@ -387,34 +452,6 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
         return formulation(self.encoder if direction == "encode" else self.decoder, self.device, dtype)
 
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike once the first are through, so a short video tells the peak; the ends come on top."""
-        latents = _HELD_BACK + 3 * (plan.chunk or 1)
-        z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
-        if z_shape[2] <= latents or plan.sharding is not None:
-            return super()._predict(plan)
-        short_z = (*z_shape[:2], latents, *z_shape[3:])
-        shapes = (self.decoded_shape(short_z), short_z)
-        inputs, outputs = shapes if plan.direction == "encode" else shapes[::-1]
-        short = replace(plan, input_shape=inputs, output_shape=outputs)
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, short)]
-        more = numbers[0] - numbers[1]
-        if plan.tile is not None:
-            # The grids between the levels are as long as the video, and so is the result of a tile.
-            grids = sorted(self._grids(plan.direction, (1, 1, 1, *z_shape[3:])))
-            more = 2 * more + plan.items * sum(grids[-2:]) * (z_shape[2] - latents)
-        return super()._predict(short) + more * plan.dtype.itemsize
-
-    def _grids(self, direction: Direction, z_shape: Sequence[int]) -> Iterator[int]:
-        """Numbers of the grids between the levels, for each latent frame."""
-        arch = self.arch
-        widths = arch.block_out_channels[::-1] if direction == "encode" else arch.decoder_widths[:-1]
-        kinds = arch.downsample_type[::-1] if direction == "encode" else arch.upsample_type
-        positions = math.prod(z_shape[2:])
-        for width, kind in zip(widths, kinds, strict=True):
-            yield width * positions
-            positions *= math.prod(STRIDES[kind])
-
     def _default_chunk(self, direction: Direction, shape: Sequence[int]) -> int:
         """Latent frames of a piece, so that the widest feature map of a piece has about a gigabyte."""
         arch, (time, space) = self.arch, self.arch.ratios
@@ -437,7 +474,7 @@ def _step(
             first=stage.limit + first,
             piece=stage.limit,
             frames=time.output_size(x.shape[2]),
-            device=device or x.device,
+            cache=Cache(device or x.device),
             memory_format=torch.channels_last_3d,
         )
 
@@ -468,7 +505,5 @@ def _arch(config: VAEConfig) -> LTX2VideoArchConfig:
 
 # Bytes of the widest feature map of a piece.
 _PIECE_BYTES = 1 << 30
-# Latents that the published decoders hold back, which come at the end.
-_HELD_BACK = 24
 # As many frames as there are.
 _ANY = 1 << 62

@@ -15,9 +15,10 @@ from torch import Tensor
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.memory import parse_bytes
+from fastvideo_vae_core.memory import Forecast, parse_bytes
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
+from fastvideo_vae_core.units import Progress
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2.audio import AutoencoderKLLTX2Audio
 from fastvideo_vae_ltx2.mel import WINDOW
@@ -144,10 +145,10 @@ class WaveformEncoder(_OverWaveforms):
             input_shape=shape,
             output_shape=output,
             tile=None if inner.tile is None else (inner.tile[0] * self.hop,),
-            _predict=lambda _: inner.peak_bytes + own,
+            _predict=lambda plan: (inner.whole if plan.tile is None else inner).forecast + own,
         )
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
         plan = self._matching(direction, x, plan)
         frames, mel_shape = self._whole_frames(plan.tile), self._mel_shape(plan.input_shape)
         tile = None if frames is None else (frames, self.audio.arch.mel_bins)
@@ -155,6 +156,7 @@ class WaveformEncoder(_OverWaveforms):
             direction,
             self._mel(x)[:, :, : mel_shape[2]],
             self.audio._plan(direction, mel_shape, tile=tile, items=plan.items),
+            progress,
         )
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -249,18 +251,21 @@ class WaveformDecoder(_OverWaveforms):
             items=min(first.items, second.items),
             tile=(min(tiles),) if tiles else None,
             notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
-            _predict=lambda _: max(first.peak_bytes + weights[1], second.peak_bytes + weights[0]),
+            _predict=lambda plan: Forecast(
+                peak=max(first.peak_bytes + weights[1], second.peak_bytes + weights[0]),
+                work=sum((each.whole if plan.tile is None else each).forecast.work for each in (first, second)),
+            ),
         )
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
         plan = self._matching(direction, x, plan)
         frames = self._whole_frames(plan.tile)
         tiles = (None, None) if frames is None else ((frames, self.audio.arch.mel_bins), (frames * self.hop,))
         mel = self.audio._run(
-            direction, x, self.audio._plan(direction, tuple(x.shape), tile=tiles[0], items=plan.items)
+            direction, x, self.audio._plan(direction, tuple(x.shape), tile=tiles[0], items=plan.items), progress
         )
         mel_plan = self.vocoder._plan(direction, tuple(mel.shape), tile=tiles[1], items=plan.items)
-        return self.vocoder._run(direction, mel, mel_plan)
+        return self.vocoder._run(direction, mel, mel_plan, progress)
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces along time, as soon as everything that they depend on has come."""

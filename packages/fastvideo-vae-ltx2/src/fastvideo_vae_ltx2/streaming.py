@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.memory import excerpt, standing_for
 from fastvideo_vae_core.ops.causal import Cache
+from fastvideo_vae_core.units import Units
 
 # From a piece (B, C, T, H, W) and what is remembered of those before it to the piece of the result.
 Network = Callable[[Tensor, Cache], Tensor]
@@ -52,20 +54,24 @@ def run(
     first: int,
     piece: int,
     frames: int,
-    device: torch.device,
+    cache: Cache,
     memory_format: torch.memory_format = torch.contiguous_format,
+    units: Units | None = None,
 ) -> Tensor:
     """A whole video, `first` frames and then `piece` frames at a time, to a result of `frames` frames.
 
-    Every piece of the result is written once, into its place; what comes in one piece is the result.
+    cache: a new one. Every piece of the result is written once, into its place; what comes in one piece is the result.
+    A unit is a piece of what goes in.
     """
+    units = Units() if units is None else units
     total, done = x_BCTHW.shape[2], 0
-    starts = (0, *range(first, total, piece))
-    pieces = ((x_BCTHW[:, :, start : start + (piece if start else first)], start == starts[-1]) for start in starts)
     result: Tensor | None = None
-    for made in flow(stages, pieces, Cache(device)):
+    spans = [(0, first), *_spans(first, total, piece)]
+    units.begin(len(spans))
+    for made in flow(stages, _pieces(x_BCTHW, spans, units), cache):
         if made.shape[2] == frames:
-            return made
+            result = made
+            continue
         if result is None:
             shape = (*made.shape[:2], frames, *made.shape[3:])
             result = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=memory_format)
@@ -73,6 +79,31 @@ def run(
         done += made.shape[2]
     assert result is not None
     return result
+
+
+def _spans(first: int, total: int, piece: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + piece, total)) for start in range(first, total, piece))
+
+
+def _pieces(x_BCTHW: Tensor, spans: Sequence[tuple[int, int]], units: Units) -> Iterator[tuple[Tensor, bool]]:
+    """The pieces of a video, each with whether it is the last. They are alike once nothing is held back any more.
+
+    Who asks for the next piece is done with the one before.
+    """
+    indexed = list(enumerate(spans))
+    kinds = excerpt(
+        indexed, lambda each: (min(each[0], _HELD_BACK), each[1][1] - each[1][0], each[0] + 1 == len(spans))
+    )
+    for (index, (start, stop)), times in kinds:
+        if not times:
+            continue
+        with standing_for(times):
+            yield x_BCTHW[:, :, start:stop], index + 1 == len(spans)
+        units.done()
+
+
+# At most so many pieces are held back before the first result.
+_HELD_BACK = 24
 
 
 def cut(chunks: Iterable[Tensor], *, first: int, piece: int, group: int, surplus: bool) -> Iterator[Tensor]:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.ops.conv1d import needs
+from fastvideo_vae_core.ops import taps
+from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, needs, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import snake
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
+from fastvideo_vae_core.units import Progress
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2.config import Generator as GeneratorConfig
 from fastvideo_vae_ltx2.config import LTX2VocoderArchConfig
@@ -30,8 +32,6 @@ from fastvideo_vae_ltx2.mel import FLOOR
 
 # Frames of a piece where sound is computed in pieces: 10 s.
 _PIECE = 1024
-# So many pieces are computed to predict the memory of any number.
-_ALIKE = 3
 
 
 class LTX2Vocoder(ParallelTiledVAE[None]):
@@ -143,9 +143,9 @@ class LTX2Vocoder(ParallelTiledVAE[None]):
         hop, reach = self.arch.hop, self._network[0].needs
         return Axis(up=hop, before=-reach(0, 0)[0], after=reach(hop - 1, hop - 1)[1])
 
-    def _run(self, direction: Direction, x: Tensor, plan: Plan | None) -> Tensor:
+    def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
         next(self._half_parameters(direction))  # refuses to encode
-        return super()._run(direction, self._flat(x), plan)
+        return super()._run(direction, self._flat(x), plan, progress)
 
     def _plan(
         self,
@@ -177,16 +177,6 @@ class LTX2Vocoder(ParallelTiledVAE[None]):
     def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
         lengths = ((_PIECE >> halvings) * self.arch.hop for halvings in range(_PIECE.bit_length()))
         return [(length,) for length in lengths if length < output[2]]
-
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
-        if plan.tile is None or -(-plan.output_shape[2] // plan.tile[0]) <= _ALIKE:
-            return super()._predict(plan)
-        frames = _ALIKE * -(-plan.tile[0] // self.arch.hop)
-        short = (*plan.input_shape[:2], frames)
-        less = replace(plan, input_shape=short, output_shape=self.decoded_shape(short))
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
-        return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
 
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces along time, each as soon as everything that it depends on has come; of at most 1024 frames.
@@ -278,15 +268,11 @@ class Generator(nn.Module):
         self.final = _FINAL[final]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = conv1d(arrange(x), self.conv_in).value()
         for stage, upsampler in enumerate(self.upsamplers):
-            x = upsampler(self.act(x))
-            branches = self._branches(stage)
-            total = branches[0](x)
-            for branch in branches[1:]:
-                total = total + branch(x)
-            x = total / self.branches
-        return self.final(self.conv_out(self.act_out(x)))
+            x = upsample1d(self.act(x), upsampler).value()
+            x = _mean([branch(x) for branch in self._branches(stage)])
+        return self.final(conv1d(self.act_out(x), self.conv_out).value()).contiguous()
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         """The frames [a, b] that the samples [first, last] are made from."""
@@ -320,7 +306,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv1, conv2, act1, act2 in zip(self.convs1, self.convs2, self.acts1, self.acts2, strict=True):
-            x = x + conv2(act2(conv1(act1(x))))
+            h = act2(_convolved(act1(x), conv1).value())
+            x = _convolved(h, conv2)._replace(branch=x).value()
         return x
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
@@ -430,6 +417,21 @@ class FourierBasis(nn.Module):
     def __init__(self, window: int) -> None:
         super().__init__()
         self.register_buffer("forward_basis", torch.zeros(window + 2, 1, window))
+
+
+def _convolved(x: Tensor, conv: nn.Conv1d) -> Sum:
+    if not taps.takes(x.device, x, conv):
+        return dilated1d(x, conv)
+    padding = conv.padding[0]
+    assert isinstance(padding, int)
+    return Sum(taps.convolved(F.pad(x, (padding, padding)), conv.weight, conv.dilation), bias=conv.bias)
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors (B, N, S) in their layout, rounded once."""
+    if parts[0].stride(1) == 1:
+        return torch.stack([part.mT for part in parts]).mean(0).mT
+    return torch.stack(list(parts)).mean(0)
 
 
 def resampled(x_BCS: Tensor, ratio: int) -> Tensor:

@@ -23,13 +23,12 @@ from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, formulation, nee
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import Snake, snake_pointwise
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.rehearsal import device_of
+from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.tiling import Axis, Step, run_steps, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_oobleck.config import OobleckArchConfig
 from fastvideo_vae_oobleck.distribution import OobleckDiagonalGaussianDistribution
-
-# So many pieces are computed to predict the memory of any number.
-_ALIKE = 3
 
 # Latents of a piece where audio is computed in pieces: 24 s of Stable Audio, of which 4 % are computed twice.
 _PIECE = 512
@@ -159,29 +158,29 @@ class AutoencoderOobleck(ParallelTiledVAE[OobleckDiagonalGaussianDistribution]):
     def _budget_tiles(self, direction: Direction, shape: Sequence[int], output: Sequence[int]) -> list[tuple[int, ...]]:
         return [((_PIECE >> halvings) * self.arch.hop_length,) for halvings in range(_PIECE.bit_length())]
 
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike, so three of them tell the peak of any number; inputs and results come on top."""
-        samples = plan.input_shape[2] if plan.direction == "encode" else plan.output_shape[2]
-        if plan.tile is None or -(-samples // plan.tile[0]) <= _ALIKE:
-            return super()._predict(plan)
-        latents = _ALIKE * -(-plan.tile[0] // self.arch.hop_length)
-        short_z = (*plan.input_shape[:1], self.channels[1], latents)
-        shapes = short_z, self.decoded_shape(short_z)
-        short = shapes[plan.direction == "encode"], shapes[plan.direction == "decode"]
-        less = replace(plan, input_shape=short[0], output_shape=short[1])
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, less)]
-        return super()._predict(less) + (numbers[0] - numbers[1]) * plan.dtype.itemsize
-
     def _stream(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Pieces along time, each as soon as everything that it depends on has come; of at most 512 latents.
 
         A piece is computed with its context around it, so feed some hundred latents at a time unless latency matters.
         Only the context is held between pieces. The pieces of all chunks together are what one call would give.
         """
+        return self._slid(direction, chunks, 1, lambda crop: self._plan(direction, tuple(crop.shape)))
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        """The same with pieces as many times longer as there are ranks."""
+
+        def plan(crop: Tensor) -> Plan:
+            return self._planned(direction, tuple(crop.shape), mesh=sharding)
+
+        return self._slid(direction, chunks, sharding.world, plan)
+
+    def _slid(
+        self, direction: Direction, chunks: Iterable[Tensor], times: int, plan: Callable[[Tensor], Plan]
+    ) -> Iterator[Tensor]:
         next(self._half_parameters(direction))  # refuses a half that is not loaded
         (axis,) = self._steps(direction)[0].axes
-        tile = _PIECE if direction == "encode" else _PIECE * self.arch.hop_length
-        return slide(axis, self._checked(direction, chunks), lambda crop: self._run(direction, crop, None), tile)
+        tile = times * (_PIECE if direction == "encode" else _PIECE * self.arch.hop_length)
+        return slide(axis, self._checked(direction, chunks), lambda crop: self._run(direction, crop, plan(crop)), tile)
 
     def _checked(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The chunks, each of the right layout and all together of a legal length."""
@@ -249,7 +248,7 @@ class Half(nn.Module):
         # The pieces of a stage whose stride is 1 have no law that an Axis can say, and gradients need no pieces.
         trained = torch.is_grad_enabled() and (x.requires_grad or self.conv1.weight.requires_grad)
         return (
-            x.device.type == "cpu"
+            device_of(x).type == "cpu"
             and not trained
             and all(block.axis.up > 1 or block.axis.down > 1 for block in self.block)
         )

@@ -9,17 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastvideo_vae_wan.blending import DIFFUSERS
     from fastvideo_vae_wan.config import WAN21, WAN22, WanArchConfig
     from fastvideo_vae_wan.model import AutoencoderKLWan
 
 _HOME = {
+    "DIFFUSERS": "blending",
     "AutoencoderKLWan": "model",
     "WAN21": "config",
     "WAN22": "config",
     "WanArchConfig": "config",
 }
 
-__all__ = ["WAN21", "WAN22", "AutoencoderKLWan", "WanArchConfig"]
+__all__ = ["DIFFUSERS", "WAN21", "WAN22", "AutoencoderKLWan", "WanArchConfig"]
 
 
 def __getattr__(name: str) -> Any:

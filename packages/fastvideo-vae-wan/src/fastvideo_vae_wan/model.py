@@ -7,27 +7,27 @@ Source: Wan-Video/Wan2.1 `wan/modules/vae.py`; Wan-Video/Wan2.2 `wan/modules/vae
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from fastvideo_vae_core.blending import Blend, BlendedTiles, Cut, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.plan import Direction, Plan
+from fastvideo_vae_core.sharding import Sharding
+from fastvideo_vae_core.strips import run_strip
 from fastvideo_vae_core.tiling import WHOLE, Axis, Step
+from fastvideo_vae_core.units import Units
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_wan import streaming
 from fastvideo_vae_wan.config import WanArchConfig
 from fastvideo_vae_wan.network import Decoder, Encoder, Pointwise
-from fastvideo_vae_wan.streaming import Network
 
 
 class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
@@ -101,20 +101,30 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         self.decoded_shape(z.shape)
         return self._decode(z.to(self._half_dtype("decode")))
 
-    def _encode(self, x_BCTHW: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _encode(
+        self, x_BCTHW: Tensor, chunk: int | None = None, cache: Cache | None = None, units: Units | None = None
+    ) -> Tensor:
         group = self.sample_axes[0].up
         frames = 1 + (x_BCTHW.shape[2] - 1) // group
         chunk = self._default_chunk("encode", x_BCTHW.shape) if chunk is None else chunk
         # Surplus frames get here only where the configuration wants the official behaviour, which drops them.
         x_BCTHW = x_BCTHW[:, :, : 1 + (frames - 1) * group]
         return streaming.run(
-            self._encode_piece, x_BCTHW, piece=chunk * group, frames=frames, device=device or x_BCTHW.device
+            self._encode_piece,
+            x_BCTHW,
+            piece=chunk * group,
+            frames=frames,
+            cache=cache or Cache(x_BCTHW.device),
+            units=units,
         )
 
-    def _decode(self, z_BCthw: Tensor, chunk: int | None = None, device: torch.device | None = None) -> Tensor:
+    def _decode(
+        self, z_BCthw: Tensor, chunk: int | None = None, cache: Cache | None = None, units: Units | None = None
+    ) -> Tensor:
         frames = self.sample_axes[0].output_size(z_BCthw.shape[2])
         chunk = self._default_chunk("decode", z_BCthw.shape) if chunk is None else chunk
-        return streaming.run(self._decode_piece, z_BCthw, piece=chunk, frames=frames, device=device or z_BCthw.device)
+        cache = cache or Cache(z_BCthw.device)
+        return streaming.run(self._decode_piece, z_BCthw, piece=chunk, frames=frames, cache=cache, units=units)
 
     def _encode_piece(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
         return self.quant_conv(self.encoder(patchify(x_BCTHW, self.arch.patch), cache))
@@ -135,7 +145,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 x,
                 piece=chunk * time.up,
                 frames=1 + (x.shape[2] - 1) // time.up,
-                device=device or x.device,
+                cache=Cache(device or x.device),
                 memory_format=torch.channels_last_3d,
             )
 
@@ -146,7 +156,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 x,
                 piece=chunk,
                 frames=x.shape[2],
-                device=device or x.device,
+                cache=Cache(device or x.device),
             )
 
         tiled = Axis(down=space.up, before=halo, after=halo)
@@ -167,7 +177,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 z,
                 piece=chunk,
                 frames=z.shape[2],
-                device=device or z.device,
+                cache=Cache(device or z.device),
                 memory_format=torch.channels_last_3d,
             )
 
@@ -178,7 +188,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 x,
                 piece=chunk,
                 frames=time.output_size(x.shape[2]),
-                device=device or x.device,
+                cache=Cache(device or x.device),
             )
 
         tiled = Axis(up=space.up, before=halo, after=halo)
@@ -187,51 +197,44 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             Step(name="up", run=up, axes=(Axis(up=time.up, lead=time.lead, whole=True), tiled, tiled)),
         ]
 
-    def _slab_steps(self, direction: Direction, chunk: int, device: torch.device) -> list[Step]:
-        """The same as the steps for tiles, but in many: slabs are thin, and their halos have to be thinner. The whole
-        time of a rank's slab is in memory between two of them."""
-        if direction == "encode":
-            _, middle = self.encode_steps(chunk, device)
-            return [*self._local_steps(direction, chunk * self.sample_axes[0].up, device), middle]
-        middle, _ = self.decode_steps(chunk, device)
-        return [middle, *self._local_steps(direction, chunk, device)]
-
-    def _local_steps(self, direction: Direction, piece: int, device: torch.device) -> Iterator[Step]:
-        """piece: frames at a time that the first step takes."""
-        patch, parts = self.arch.patch, list((self.encoder if direction == "encode" else self.decoder).parts())
-        for index, (network, time, space) in enumerate(parts):
-            if direction == "encode" and index == 0:
-                network, space = _behind(network, patch), replace(space, down=patch, before=patch, after=patch)
-            if direction == "decode" and index == len(parts) - 1:
-                network, space = _before(network, patch), replace(space, up=patch)
-
-            def run(
-                grids: Sequence[Tensor], _: object, network: Network = network, time: Axis = time, piece: int = piece
-            ) -> Tensor:
-                return streaming.run(
-                    network,
-                    grids[0],
-                    piece=piece,
-                    frames=time.output_size(grids[0].shape[2]),
-                    device=device,
-                    memory_format=torch.channels_last_3d,
-                )
-
-            yield Step(name=f"{direction}.{index}", run=run, axes=(time, space, space))
-            piece = piece * time.up // time.down
-
-    def _execute(self, plan: Plan, x: Tensor) -> Tensor:
-        chunk = plan.chunk or 1
-        if plan.direction == "encode":
+    def _execute(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        chunk, encodes = plan.chunk or 1, plan.direction == "encode"
+        if encodes:
             x = x[:, :, : self.sample_axes[0].output_size(plan.output_shape[2])]
-            if not plan.in_steps:
-                return self._encode(x, chunk, plan.device)
-            steps = self.encode_steps if plan.sharding is None else partial(self._slab_steps, "encode")
-            return self._run_steps(plan, steps(chunk, plan.device), x)
-        if not plan.in_steps:
-            return self._decode(x, chunk, plan.device)
-        steps = self.decode_steps if plan.sharding is None else partial(self._slab_steps, "decode")
-        return self._run_steps(plan, steps(chunk, plan.device), x)
+        if plan.tile is not None:
+            steps = self.encode_steps if encodes else self.decode_steps
+            return self._run_steps(plan, steps(chunk, plan.device), x, units)
+        if plan.sharding is None:
+            return super()._execute(plan, x, units)
+        network = self._encode if encodes else self._decode
+        latents = plan.output_shape if encodes else plan.input_shape
+        channels = 2 * self.arch.z_dim if encodes else self.channels[0]
+        return run_strip(
+            lambda part, strip: network(part, chunk, Cache(plan.device, strip), units),
+            x,
+            plan.sharding,
+            latents,
+            (len(x), channels, *plan.output_shape[2:]),
+        )
+
+    def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
+        network = self._encode if plan.direction == "encode" else self._decode
+        return network(x, plan.chunk or 1, Cache(plan.device), units)
+
+    def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
+        space, patch = self.sample_axes[1].up, self.arch.patch
+        blend.check(self.sample_axes[0].up, space)
+        if blend.frames is not None:
+            raise ConfigError(f"Wan's networks stream in time and are not cut there; leave out frames={blend.frames}")
+        cut = blend.cut("pixels", direction, space)
+        if cut is not None and direction == "encode":
+            # diffusers counts in patches here, but compares pixels with the size of a tile.
+            stride, size, fade, keep = (count * patch for count in cut[:4])
+            cut = Cut(stride, size, fade, keep, cut.limit)
+        elif cut is not None:
+            # And here it blends patches.
+            cut = cut._replace(grain=patch)
+        return blended_tiles(shape, None, cut)
 
     def _finish(self, direction: Direction, y: Tensor) -> Tensor:
         return y.clamp_(-1.0, 1.0) if direction == "decode" else y
@@ -244,28 +247,49 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         Raises:
             ShapeError: a chunk does not continue the one before, or frames are left over that fill no latent.
         """
+        cache = Cache(self.device)
+        for _, made in self._made(direction, self._pieces(direction, chunks), cache):
+            yield made
+
+    def _shared_stream(self, direction: Direction, chunks: Iterable[Tensor], sharding: Sharding) -> Iterator[Tensor]:
+        pieces = self._pieces(direction, chunks, sharding.world)
+        first = next(pieces, None)
+        if first is None:
+            return
+        strip = self._strip(direction, first, sharding)
+        cache = Cache(self.device, strip)
+        for piece, made in self._made(direction, itertools.chain([first], pieces), cache):
+            frame = (*piece.shape[:2], 1, *piece.shape[3:])
+            if direction == "encode":
+                output = (len(piece), 2 * self.arch.z_dim, *self.encoded_shape(frame)[2:])
+            else:
+                output = self.decoded_shape(frame)
+            sent = self._sent(direction, made, sharding)
+            yield strip.assembled([] if strip.empty else [sent], output, sent)
+
+    def _made(self, direction: Direction, pieces: Iterable[Tensor], cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each piece and what it makes; of a strip where the cache is that of one."""
         stored = self._half_dtype(direction)
         dtype, retry, _ = self._fp16(stored)
         model = self if dtype == stored else self._twin(direction, dtype)
-        cache = Cache(self.device)
-        for piece in self._pieces(direction, chunks):
+        for piece in pieces:
             before = cache.copy() if retry else cache
-            made = model._piece(direction, piece.to(stored).to(dtype), cache)
-            if retry and not bool(made.isfinite().all()):
+            made = model._piece(direction, cache.own(piece).to(stored).to(dtype), cache)
+            if retry and cache.agreed(not bool(made.isfinite().all())):
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)
                 dtype, retry, model = torch.float32, False, self._twin(direction, torch.float32)
                 cache = before.handed_to(model, self, dtype)
-                made = model._piece(direction, piece.to(dtype), cache)
+                made = model._piece(direction, cache.own(piece).to(dtype), cache)
             cache.first = False
-            yield self._finish(direction, made.to(stored))
+            yield piece, self._finish(direction, made.to(stored))
 
-    def _pieces(self, direction: Direction, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _pieces(self, direction: Direction, chunks: Iterable[Tensor], ranks: int = 1) -> Iterator[Tensor]:
         chunks = iter(chunks)
         first = next(chunks, None)
         if first is None:
             return iter(())
         group = self.sample_axes[0].up if direction == "encode" else 1
-        piece = group * self._default_chunk(direction, first.shape)
+        piece = group * self._default_chunk(direction, first.shape) * ranks
         checked = self._checked(direction, itertools.chain([first], chunks))
         return streaming.cut(checked, piece=piece, group=group, surplus=self.config.illegal_sizes == "official")
 
@@ -280,6 +304,8 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             yield chunk
 
     def _piece(self, direction: Direction, x: Tensor, cache: Cache) -> Tensor:
+        if cache.strip is not None and cache.strip.empty:
+            return x
         if direction == "encode":
             return self._encode_piece(x, cache)
         return self._decode_piece(x, cache)
@@ -297,25 +323,6 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
     def _formulation(self, direction: Direction, dtype: torch.dtype) -> tuple[str, ...]:
         return formulation(self.encoder if direction == "encode" else self.decoder, self.device, dtype)
 
-    def _predict(self, plan: Plan) -> int:
-        """Pieces are alike from the third on, so a short video tells the peak; inputs and results come on top."""
-        latents = 1 + 2 * (plan.chunk or 1)
-        z_shape = plan.output_shape if plan.direction == "encode" else plan.input_shape
-        if z_shape[2] <= latents or plan.sharding is not None:
-            return super()._predict(plan)
-        short_z = (*z_shape[:2], latents, *z_shape[3:])
-        shapes = (self.decoded_shape(short_z), short_z)
-        inputs, outputs = shapes if plan.direction == "encode" else shapes[::-1]
-        short = replace(plan, input_shape=inputs, output_shape=outputs)
-        numbers = [math.prod(each.input_shape) + math.prod(each.output_shape) for each in (plan, short)]
-        more = numbers[0] - numbers[1]
-        if plan.tile is not None:
-            # The grid between the middle and the levels is as long as the video, and so is the result of a tile.
-            more *= 2
-            width = (self.arch.encoder_widths if plan.direction == "encode" else self.arch.decoder_widths[::-1])[-1]
-            more += plan.items * width * math.prod(z_shape[3:]) * (z_shape[2] - latents)
-        return super()._predict(short) + more * plan.dtype.itemsize
-
     def _default_chunk(self, direction: Direction, shape: Sequence[int]) -> int:
         """Latent frames of a piece, so that the widest feature map of a piece has some hundred megabytes."""
         arch, (time, space, _) = self.arch, self.sample_axes
@@ -332,16 +339,6 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
             torch.tensor(mean, dtype=dtype, device=z.device).view(shape),
             torch.tensor(std, dtype=dtype, device=z.device).view(shape),
         )
-
-
-def _behind(network: Network, patch: int) -> Network:
-    """A network of patches, for pixels."""
-    return lambda x, cache: network(patchify(x, patch), cache)
-
-
-def _before(network: Network, patch: int) -> Network:
-    """A network that makes patches, to pixels."""
-    return lambda x, cache: unpatchify(network(x, cache), patch)
 
 
 def _arch(config: VAEConfig) -> WanArchConfig:

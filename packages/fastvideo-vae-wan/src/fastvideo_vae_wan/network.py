@@ -8,8 +8,7 @@ Source: Wan-Video/Wan2.1 `wan/modules/vae.py`; Wan-Video/Wan2.2 `wan/modules/vae
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,17 +18,7 @@ from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, r
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.rms_norm import RMSNorm
-from fastvideo_vae_core.tiling import WHOLE, Axis
 from fastvideo_vae_wan.config import WanArchConfig
-
-
-class Part(NamedTuple):
-    """A part of a network that is local in space: how its output depends on the frames of a clip, and on rows or
-    columns."""
-
-    network: Callable[[Tensor, Cache], Tensor]
-    time: Axis
-    space: Axis
 
 
 class Encoder(nn.Module):
@@ -68,12 +57,6 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, cache)
         return x
-
-    def parts(self) -> Iterator[Part]:
-        """`down`, in parts that see little beyond their own place."""
-        yield Part(self.conv_in, WHOLE, Axis(before=1, after=1))
-        for block in self.down_blocks:
-            yield block.part()
 
     def middle(self, x: Tensor, cache: Cache) -> Tensor:
         """The part that sees whole frames."""
@@ -119,12 +102,6 @@ class Decoder(nn.Module):
         """Norm, SiLU, convolution."""
         return norm_silu_conv(x, self.norm_out, self.conv_out, cache).settled()
 
-    def parts(self) -> Iterator[Part]:
-        """`up`, in parts that see little beyond their own place."""
-        for level in self.up_blocks:
-            yield from level.parts()
-        yield Part(self.end, WHOLE, Axis(before=1, after=1))
-
 
 class DownLevel(nn.Module):
     """Wan 2.2: residual blocks and the change of resolution, bypassed by the average over what becomes one position."""
@@ -140,13 +117,6 @@ class DownLevel(nn.Module):
         for resnet in self.resnets:
             h = resnet(h, cache)
         return self.downsampler(h, cache) + self.shortcut(x, cache)
-
-    def part(self) -> Part:
-        """One, because the average goes around all; it takes whole cells."""
-        halo = 2 * len(self.resnets)
-        if isinstance(self.downsampler, Downsample):
-            return self.downsampler.part()._replace(network=self, space=Axis(down=2, before=halo, after=halo + 2))
-        return Part(self, WHOLE, Axis(before=halo, after=halo))
 
 
 class UpLevel(nn.Module):
@@ -166,10 +136,6 @@ class UpLevel(nn.Module):
         for part in (*self.resnets, *self.upsamplers):
             x = part(x, cache)
         return x
-
-    def parts(self) -> Iterator[Part]:
-        for part in (*self.resnets, *self.upsamplers):
-            yield part.part()
 
 
 class ResidualUpLevel(nn.Module):
@@ -192,14 +158,6 @@ class ResidualUpLevel(nn.Module):
             h = resnet(h, cache)
         return self.shortcut.add(self.upsampler(h, cache), x, cache)
 
-    def parts(self) -> Iterator[Part]:
-        """One, because the bypass goes around all."""
-        halo = 2 * len(self.resnets)
-        if isinstance(self.upsampler, Upsample2d):
-            yield self.upsampler.part()._replace(network=self, space=Axis(up=2, before=halo + 1, after=halo + 1))
-        else:
-            yield Part(self, WHOLE, Axis(before=halo, after=halo))
-
 
 class MidBlock(nn.Module):
     """Residual block, attention within each frame, residual block."""
@@ -210,7 +168,7 @@ class MidBlock(nn.Module):
         self.attentions = Modules[Attention]([Attention(width)])
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, cache))
+        x = self.attentions[0](self.resnets[0](x, cache), cache)
         return self.resnets[1](x, cache)
 
 
@@ -230,9 +188,6 @@ class ResidualBlock(nn.Module):
         h = norm_silu_conv(norm_silu_conv(x, self.norm1, self.conv1, cache), self.norm2, self.conv2, cache)
         return h.plus(self.conv_shortcut(x))
 
-    def part(self) -> Part:
-        return Part(self, WHOLE, Axis(before=2, after=2))
-
 
 class Attention(nn.Module):
     """Residual self-attention of one head over the positions of each frame."""
@@ -243,11 +198,12 @@ class Attention(nn.Module):
         self.to_qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = rows_of(x)
-        tokens_BTNC = self.norm(rows).flatten(2, 3)
-        qkv = F.linear(tokens_BTNC, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
-        q, k, v = qkv.chunk(3, dim=-1)
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        # Everything is asked about, by those positions that are here.
+        rows, everything = rows_of(x), rows_of(cache.gathered(x))
+        qkv = F.linear(self.norm(everything), self.to_qkv.weight.flatten(1), self.to_qkv.bias).movedim(-1, 1)
+        q, k, v = qkv.chunk(3, dim=1)
+        q, k, v = (rows_of(each).flatten(2, 3) for each in (cache.own(q), k, v))
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = F.linear(mixed, self.proj.weight.flatten(1), self.proj.bias)
         return (mixed.view_as(rows) + rows).movedim(-1, 1)
@@ -261,11 +217,8 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        frames = rows_of(x)
-        return unstack(self.resample(stack(frames)), frames)
-
-    def part(self) -> Part:
-        return Part(self, WHOLE, Axis(down=2, after=1))
+        frames = rows_of(cache.widened(x, 0, 2))
+        return cache.narrowed(unstack(self.resample(stack(frames)), frames), 0, 1)
 
 
 class Downsample3d(Downsample):
@@ -283,9 +236,6 @@ class Downsample3d(Downsample):
             cache.keep(self.time_conv, rows_of(x))
         return x
 
-    def part(self) -> Part:
-        return super().part()._replace(time=Axis(down=2, lead=1, whole=True))
-
 
 class Upsample2d(nn.Module):
     """Twice the resolution: nearest neighbour, then a convolution."""
@@ -295,11 +245,8 @@ class Upsample2d(nn.Module):
         self.resample = nn.Sequential(Nearest(), nn.Conv2d(before, after, 3, padding=1))
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        frames = rows_of(x)
-        return unstack(self.resample(stack(frames)), frames)
-
-    def part(self) -> Part:
-        return Part(self, WHOLE, Axis(up=2, before=1, after=1))
+        frames = rows_of(cache.widened(x, 1, 1))
+        return cache.narrowed(unstack(self.resample(stack(frames)), frames), 2, 2)
 
 
 class Upsample3d(Upsample2d):
@@ -314,9 +261,6 @@ class Upsample3d(Upsample2d):
             pairs_BTHW2C = rows_of(self.time_conv(x, cache)).unflatten(-1, (2, -1))
             x = pairs_BTHW2C.movedim(4, 2).flatten(1, 2).movedim(-1, 1)
         return super().forward(x, cache)
-
-    def part(self) -> Part:
-        return super().part()._replace(time=Axis(up=2, lead=1, whole=True))
 
 
 class Average(nn.Module):

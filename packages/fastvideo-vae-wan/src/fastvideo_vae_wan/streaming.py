@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.errors import ShapeError
+from fastvideo_vae_core.memory import excerpt, standing_for
 from fastvideo_vae_core.ops.causal import Cache
+from fastvideo_vae_core.units import Units
 
 # From a piece (B, C, T, H, W) and what is remembered of those before it to the piece of the result.
 Network = Callable[[Tensor, Cache], Tensor]
@@ -24,26 +26,33 @@ def run(
     *,
     piece: int,
     frames: int,
-    device: torch.device,
+    cache: Cache,
     memory_format: torch.memory_format = torch.contiguous_format,
+    units: Units | None = None,
 ) -> Tensor:
     """A whole video, `piece` frames at a time behind the first, to a result of `frames` frames.
 
-    Every piece of the result is written once, into its place.
+    cache: a new one. Every piece of the result is written once, into its place, and is a unit.
     """
-    cache = Cache(device)
+    units = Units() if units is None else units
     total, done = x_BCTHW.shape[2], 0
     result: Tensor | None = None
-    for start in (0, *range(1, total, piece)):
-        stop = min(start + piece, total) if start else 1
+    spans = [(0, 1), *((start, min(start + piece, total)) for start in range(1, total, piece))]
+    units.begin(len(spans))
+    for (start, stop), times in excerpt(spans, lambda span: (span[0] == 0, span[1] - span[0], span[1] == total)):
+        if not times:
+            continue
         cache.last = stop == total
-        made = network(x_BCTHW[:, :, start:stop], cache)
+        with standing_for(times):
+            made = network(x_BCTHW[:, :, start:stop], cache)
         cache.first = False
         if result is None:
             shape = (*made.shape[:2], frames, *made.shape[3:])
             result = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=memory_format)
         result[:, :, done : done + made.shape[2]] = made
         done += made.shape[2]
+        del made
+        units.done()
     assert result is not None
     return result
 

@@ -26,32 +26,36 @@ def fill(window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, 
     batch, frames, height, width, channels = rows.shape
     out = window.data
     positions = (height + 2 * border) * (width + 2 * border)
+    # Sizes come at run time, so that few programs have to be compiled: one for each power of two of channels.
     columns = int(triton.next_power_of_2(channels))
     block = max(_TILE // columns, 1)
     scale, offset = (rows, rows) if affine is None else affine
-    _fill_kernel[(triton.cdiv(positions, block), batch * (lead + frames))](
-        rows,
-        scale,
-        offset,
-        out,
-        frames,
-        height,
-        width,
-        out.shape[1],
-        window.shift,
-        positions,
-        C=channels,
-        SLOTS=window.taps,
-        LEAD=lead,
-        BORDER=border,
-        AFFINE=affine is not None,
-        BLOCK=block,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    if not out.is_meta:
+        _fill_kernel[(triton.cdiv(positions, block), batch * (lead + frames))](
+            rows,
+            scale,
+            offset,
+            out,
+            frames,
+            height,
+            width,
+            out.shape[1],
+            window.shift,
+            positions,
+            window.taps,
+            lead,
+            border,
+            channels,
+            AFFINE=affine is not None,
+            BLOCK=block,
+            COLUMNS=columns,
+            num_warps=4,
+        )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["frames", "height", "width", "out_frames", "shift", "positions", "slots", "lead", "border"]
+)
 def _fill_kernel(
     x_ptr,
     scale_ptr,
@@ -63,34 +67,34 @@ def _fill_kernel(
     out_frames,
     shift,
     positions,
-    C: tl.constexpr,
-    SLOTS: tl.constexpr,
-    LEAD: tl.constexpr,
-    BORDER: tl.constexpr,
+    slots,
+    lead,
+    border,
+    channels,
     AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One block of positions of one frame of the window."""
     program = tl.program_id(1).to(tl.int64)
-    made = frames + LEAD
-    item, t = program // made, program % made - LEAD
-    across = width + 2 * BORDER
+    made = frames + lead
+    item, t = program // made, program % made - lead
+    across = width + 2 * border
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, COLUMNS)[None, :]
-    here = (position < positions)[:, None] & (column < C)
-    y = tl.minimum(tl.maximum(position // across - BORDER, 0), height - 1)
-    x = tl.minimum(tl.maximum(position % across - BORDER, 0), width - 1)
+    here = (position < positions)[:, None] & (column < channels)
+    y = tl.minimum(tl.maximum(position // across - border, 0), height - 1)
+    x = tl.minimum(tl.maximum(position % across - border, 0), width - 1)
     source = ((item * frames + tl.maximum(t, 0)) * height + y) * width + x
-    value = tl.load(x_ptr + source[:, None] * C + column, mask=here, other=0.0)
+    value = tl.load(x_ptr + source[:, None] * channels + column, mask=here, other=0.0)
     if AFFINE:
-        scale = tl.load(scale_ptr + item * C + column, mask=column < C, other=0.0)
-        offset = tl.load(offset_ptr + item * C + column, mask=column < C, other=0.0)
+        scale = tl.load(scale_ptr + item * channels + column, mask=column < channels, other=0.0)
+        offset = tl.load(offset_ptr + item * channels + column, mask=column < channels, other=0.0)
         wide = value.to(tl.float32) * scale + offset
         value = (wide * tl.sigmoid(wide)).to(out_ptr.dtype.element_ty)
     row = position.to(tl.int64)[:, None]
-    for slot in tl.static_range(SLOTS):
+    for slot in range(slots):
         # e[t + shift] is slot `slot` of that frame.
         target = t + shift - slot
-        at = ((item * out_frames + target) * positions + row) * (SLOTS * C) + slot * C + column
+        at = ((item * out_frames + target) * positions + row) * (slots * channels) + slot * channels + column
         tl.store(out_ptr + at, value, mask=here & (target >= 0) & (target < out_frames))

@@ -18,12 +18,15 @@ from fastvideo_vae_core.ops.norm import Moments
 # the partial moments stay small.
 _TILE = 8192
 _PROGRAMS = 512
+# Channels of a group, where there are not more, for which one program is compiled.
+_WIDEST = 16
 
 
-def group_norm_silu(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-    """silu(group_norm(x)), or the norm alone. x: (B, C, ...) in channels-last layout, float16, bfloat16 or float32."""
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm, silu: bool, bias: Tensor | None = None) -> Tensor:
+    """silu(group_norm(x + bias)), or the norm alone. x: (B, C, ...) in channels-last layout, float16, bfloat16 or
+    float32. bias: (C), which costs no pass over memory here."""
     rows_BNC = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
-    scale_BC, offset_BC = _affine(rows_BNC, norm)
+    scale_BC, offset_BC = _affine(rows_BNC, norm, bias)
     return apply_affine(x, scale_BC, offset_BC, silu)
 
 
@@ -35,13 +38,17 @@ def apply_affine(x: Tensor, scale_BC: Tensor, offset_BC: Tensor, silu: bool) -> 
     block = _block(channels)
     tile = max(_TILE // block, 1)
     grid = (triton.cdiv(rows, tile), batch)
-    _affine_silu_kernel[grid](x, y, scale_BC, offset_BC, rows, channels, tile, block, silu, num_warps=8)
+    if not x.is_meta:
+        _affine_silu_kernel[grid](x, y, scale_BC, offset_BC, rows, channels, tile, block, silu, num_warps=8)
     return y
 
 
 def moments(x: Tensor, groups: int, bias: Tensor | None = None) -> Moments:
     """Moments of x (B, C, ...), in channels-last layout, with a bias (C) added to it; float64 from the sums of a few
     thousand rows on."""
+    if x.is_meta:
+        mean, spread = x.new_empty(2, x.shape[0], groups, dtype=torch.float64)
+        return Moments(x[0].numel() // groups, mean, spread)
     rows_BNC = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
     partial, share = _partial_moments(rows_BNC)
     means_BPC, spreads_BPC = partial.double()
@@ -67,36 +74,40 @@ def _partial_moments(rows_BNC: Tensor) -> tuple[Tensor, int]:
     share = triton.cdiv(triton.cdiv(rows, min(_PROGRAMS, triton.cdiv(rows, tile))), tile) * tile
     programs = triton.cdiv(rows, share)
     partial = torch.empty((2, batch, programs, channels), dtype=torch.float32, device=rows_BNC.device)
-    _moments_kernel[(programs, batch)](
-        rows_BNC, partial[0], partial[1], rows, share, channels, tile, block, num_warps=8
-    )
+    if not rows_BNC.is_meta:
+        _moments_kernel[(programs, batch)](
+            rows_BNC, partial[0], partial[1], rows, share, channels, tile, block, num_warps=8
+        )
     return partial, share
 
 
-def _affine(rows_BNC: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+def _affine(rows_BNC: Tensor, norm: nn.GroupNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norm as a multiplication and an addition for each item and channel, float32 (B, C) each."""
     batch, rows, channels = rows_BNC.shape
     partial, share = _partial_moments(rows_BNC)
     programs = partial.shape[2]
     affine = torch.empty((2, batch, channels), dtype=torch.float32, device=rows_BNC.device)
     width = channels // norm.num_groups
-    _merge_kernel[(norm.num_groups, batch)](
-        partial[0],
-        partial[1],
-        norm.weight,
-        norm.bias,
-        affine[0],
-        affine[1],
-        rows,
-        share,
-        programs,
-        channels,
-        norm.eps,
-        width,
-        triton.next_power_of_2(width),
-        triton.next_power_of_2(programs),
-        num_warps=8,
-    )
+    if not rows_BNC.is_meta:
+        _merge_kernel[(norm.num_groups, batch)](
+            partial[0],
+            partial[1],
+            norm.weight,
+            norm.bias,
+            norm.bias if bias is None else bias,
+            affine[0],
+            affine[1],
+            rows,
+            share,
+            programs,
+            channels,
+            norm.eps,
+            width,
+            bias is not None,
+            max(int(triton.next_power_of_2(width)), _WIDEST),
+            _PROGRAMS,
+            num_warps=8,
+        )
     return affine[0], affine[1]
 
 
@@ -104,7 +115,7 @@ def _block(channels: int) -> int:
     return int(triton.next_power_of_2(channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def _moments_kernel(x, means, spreads, rows, share, channels: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Mean and spread of each channel over this program's share of the rows, tile by tile (Chan's merge)."""
     program, item = tl.program_id(0), tl.program_id(1)
@@ -135,12 +146,13 @@ def _moments_kernel(x, means, spreads, rows, share, channels: tl.constexpr, TILE
     tl.store(spreads + out, spread, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share", "programs", "channels", "width", "shifted"])
 def _merge_kernel(
     means,
     spreads,
     weight,
     bias,
+    shift,
     scales,
     offsets,
     rows,
@@ -148,33 +160,36 @@ def _merge_kernel(
     programs,
     channels,
     eps,
-    WIDTH: tl.constexpr,
+    width,
+    shifted,
     WIDTH_BLOCK: tl.constexpr,
     PROGRAMS_BLOCK: tl.constexpr,
 ):
-    """The moments of a group from those of its channels and programs, then the norm as scale and offset."""
+    """The moments of a group from those of its channels and programs, then the norm as scale and offset; of the numbers
+    with a shift of each channel added, if they are shifted."""
     group, item = tl.program_id(0), tl.program_id(1)
     program = tl.arange(0, PROGRAMS_BLOCK)
     column = tl.arange(0, WIDTH_BLOCK)
-    mask = (program < programs)[:, None] & (column < WIDTH)[None, :]
-    at = (item * programs + program)[:, None] * channels + group * WIDTH + column[None, :]
+    mask = (program < programs)[:, None] & (column < width)[None, :]
+    at = (item * programs + program)[:, None] * channels + group * width + column[None, :]
     sizes = tl.minimum(rows - program * share, share).to(tl.float32)[:, None]
-    values = tl.load(means + at, mask=mask, other=0.0)
-    total = rows.to(tl.float32) * WIDTH
+    channel = group * width + column
+    inside = column < width
+    moved = tl.load(shift + channel, mask=inside & (shifted != 0), other=0.0).to(tl.float32)
+    values = tl.load(means + at, mask=mask, other=0.0) + moved[None, :]
+    total = rows.to(tl.float32) * width
     mean = tl.sum(tl.sum(tl.where(mask, values * sizes, 0.0), 1), 0) / total
     gap = values - mean
     inner = tl.load(spreads + at, mask=mask, other=0.0)
     spread = tl.sum(tl.sum(tl.where(mask, inner + gap * gap * sizes, 0.0), 1), 0)
     rstd = 1.0 / tl.sqrt(spread / total + eps)
-    channel = group * WIDTH + column
-    inside = column < WIDTH
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * rstd
-    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
+    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) + (moved - mean) * scale
     tl.store(scales + item * channels + channel, scale, mask=inside)
     tl.store(offsets + item * channels + channel, offset, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _affine_silu_kernel(
     x, y, scales, offsets, rows, channels: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr
 ):

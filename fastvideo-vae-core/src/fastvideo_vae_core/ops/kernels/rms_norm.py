@@ -11,8 +11,11 @@ from torch import Tensor
 
 from fastvideo_vae_core.ops.rms_norm import EPS, Modulation
 
-# Elements that one program holds.
-_TILE = 4096
+# Elements that one program holds, and channels that one program of the sum holds of its rows.
+_TILE, _STRIP = 4096, 64
+# Programs are written for a power of two of channels, of which there are few: every one more takes half a second to
+# compile. For the same reason everything else comes as a number at run time, and what there is not as no channels.
+_NARROWEST = 128
 
 
 def norm_silu_into(
@@ -29,56 +32,76 @@ def norm_silu_into(
 ) -> None:
     """silu(norm(rows + bias)) of frames (B, T, H, W, C), written where a causal convolution reads it.
 
-    out: (B, F, H + 2 inset, W + 2 inset, taps * C), dense. Frame t goes to frame t + shift - j, columns
-    [j * C, (j + 1) * C), for each tap j whose frame exists.
+    out: (B, F, H', W', taps * C), dense. Frame t goes to frame t + shift - j, columns [j * C, (j + 1) * C), for each
+    tap j whose frame exists.
+    inset: row and column of a picture of `out` where those of `rows` begin.
     eps: under the root of the mean square; without it the norm is that of the length, with its floor.
     modulation: behind the norm, for each item.
     """
     batch, frames, height, width, channels = rows.shape
     positions = height * width
-    columns = triton.next_power_of_2(channels)
+    columns = max(int(triton.next_power_of_2(channels)), _NARROWEST)
     block = max(_TILE // columns, 1)
-    # Where there is nothing to read, any tensor stands in.
+    # Where there is nothing to read, any tensor stands in, with no channels.
     scale, shifts = (each.contiguous() for each in modulation) if modulation is not None else (out, out)
-    _norm_silu_kernel[(triton.cdiv(positions, block), batch * frames)](
-        rows.contiguous(),
-        out if bias is None else bias,
-        out if gamma is None else gamma,
-        scale,
-        shifts,
-        out,
-        positions,
-        frames,
-        out.shape[1],
-        shift,
-        width,
-        out.shape[3],
-        out.shape[2] * out.shape[3],
-        inset[0] * out.shape[3] + inset[1],
-        channels**0.5,
-        C=channels,
-        TAPS=taps,
-        FLOOR=EPS,
-        EPS=0.0 if eps is None else eps,
-        PIXEL=eps is not None,
-        HAS_BIAS=bias is not None,
-        HAS_GAMMA=gamma is not None,
-        MODULATED=modulation is not None,
-        BLOCK=block,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    rows = rows.contiguous()
+    if not out.is_meta:
+        _norm_silu_kernel[(triton.cdiv(positions, block), batch * frames)](
+            rows,
+            out if bias is None else bias,
+            out if gamma is None else gamma,
+            scale,
+            shifts,
+            out,
+            positions,
+            frames,
+            out.shape[1],
+            shift,
+            width,
+            out.shape[3],
+            out.shape[2] * out.shape[3],
+            inset[0] * out.shape[3] + inset[1],
+            taps,
+            channels,
+            0 if bias is None else channels,
+            0 if gamma is None else channels,
+            0 if modulation is None else channels,
+            channels**0.5,
+            EPS if eps is None else eps,
+            PIXEL=eps is not None,
+            BLOCK=block,
+            COLUMNS=columns,
+            num_warps=4,
+        )
 
 
 def add_(rows: Tensor, bias: Tensor, other: Tensor) -> None:
     """rows + bias + other, in the place of dense rows (..., C)."""
-    total, block = rows.numel(), 2048
-    _add_kernel[(triton.cdiv(total, block),)](
-        rows, bias, other.contiguous(), total, C=rows.shape[-1], BLOCK=block, num_warps=4
-    )
+    channels, count, block = rows.shape[-1], rows.numel() // rows.shape[-1], 2048 // _STRIP
+    strips = triton.cdiv(channels, _STRIP)
+    other = other.contiguous()
+    if not rows.is_meta:
+        _add_kernel[(strips * triton.cdiv(count, block),)](
+            rows, bias, other, count, channels, strips, BLOCK=block, STRIP=_STRIP, num_warps=4
+        )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "positions",
+        "frames",
+        "out_frames",
+        "shift",
+        "width",
+        "out_width",
+        "out_positions",
+        "corner",
+        "taps",
+        "biased",
+        "scaled",
+        "modulated",
+    ]
+)
 def _norm_silu_kernel(
     x_ptr,
     bias_ptr,
@@ -94,52 +117,54 @@ def _norm_silu_kernel(
     out_width,
     out_positions,
     corner,
+    taps,
+    channels,
+    biased,
+    scaled,
+    modulated,
     root,
-    C: tl.constexpr,
-    TAPS: tl.constexpr,
-    FLOOR: tl.constexpr,
-    EPS: tl.constexpr,
+    eps,
     PIXEL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_GAMMA: tl.constexpr,
-    MODULATED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """A block of positions of one frame. biased, scaled and modulated: how many channels bias, gamma and modulation
+    have; none leaves the numbers as they are."""
     frame = tl.program_id(1).to(tl.int64)
     item, t = frame // frames, frame % frames
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    here = (row < positions) & (column < C)
-    x = tl.load(x_ptr + (frame * positions + row) * C + column, mask=here, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    here = (row < positions) & (column < channels)
+    x = tl.load(x_ptr + (frame * positions + row) * channels + column, mask=here, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + column, mask=column < biased, other=0.0).to(tl.float32)
     square = tl.sum(x * x, axis=1, keep_dims=True)
     if PIXEL:
-        length = tl.sqrt(square / C + EPS)
+        length = tl.sqrt(square / channels + eps)
         y = x / length
     else:
-        length = tl.maximum(tl.sqrt(square), FLOOR)
+        length = tl.maximum(tl.sqrt(square), eps)
         y = x * (root / length)
-    if HAS_GAMMA:
-        y = y * tl.load(gamma_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-    if MODULATED:
-        factor = 1.0 + tl.load(scale_ptr + item * C + column, mask=column < C, other=0.0).to(tl.float32)
-        y = y * factor + tl.load(shift_ptr + item * C + column, mask=column < C, other=0.0).to(tl.float32)
+    y = y * tl.load(gamma_ptr + column, mask=column < scaled, other=1.0).to(tl.float32)
+    factor = 1.0 + tl.load(scale_ptr + item * channels + column, mask=column < modulated, other=0.0).to(tl.float32)
+    y = y * factor + tl.load(shift_ptr + item * channels + column, mask=column < modulated, other=0.0).to(tl.float32)
     y = (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty)
     # Without rows and columns around the pictures this is the row itself.
     place = corner + row // width * out_width + row % width
-    for tap in tl.static_range(TAPS):
+    for tap in range(taps):
         target = t + shift - tap
-        at = ((item * out_frames + target) * out_positions + place) * (TAPS * C) + tap * C + column
+        at = ((item * out_frames + target) * out_positions + place) * (taps * channels) + tap * channels + column
         tl.store(out_ptr + at, y, mask=here & (target >= 0) & (target < out_frames))
 
 
-@triton.jit
-def _add_kernel(y_ptr, bias_ptr, x_ptr, total, C: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = at < total
+@triton.jit(do_not_specialize=["count", "strips"])
+def _add_kernel(y_ptr, bias_ptr, x_ptr, count, channels, strips, BLOCK: tl.constexpr, STRIP: tl.constexpr):
+    """A block of rows, a strip of their channels; the strips of a row come behind each other."""
+    program = tl.program_id(0)
+    row = (program // strips * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    column = (program % strips * STRIP + tl.arange(0, STRIP))[None, :]
+    here = (row < count) & (column < channels)
+    at = row * channels + column
     y = tl.load(y_ptr + at, mask=here).to(tl.float32)
-    y += tl.load(bias_ptr + at % C).to(tl.float32)
+    y += tl.load(bias_ptr + column, mask=column < channels).to(tl.float32)
     y += tl.load(x_ptr + at, mask=here).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=here)

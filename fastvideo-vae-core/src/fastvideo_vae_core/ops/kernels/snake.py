@@ -33,29 +33,30 @@ def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tenso
     block = min(triton.next_power_of_2(columns), 128 if last else 1024)
     tile = max(_TILE // block, 1)
     grid = (triton.cdiv(rows, tile), triton.cdiv(columns, block), batch)
-    _snake_kernel[grid](
-        main,
-        branch if branch is not None else main,
-        x.bias if x.bias is not None else alpha,
-        alpha,
-        beta,
-        total,
-        out,
-        rows,
-        columns,
-        main.stride(0),
-        main.stride(1),
-        branch.stride(0) if branch is not None else 0,
-        branch.stride(1) if branch is not None else 0,
-        branch is not None,
-        x.bias is not None,
-        keep,
-        last,
-        main.dtype == torch.float32,
-        tile,
-        block,
-        num_warps=_WARPS,
-    )
+    if not out.is_meta:
+        _snake_kernel[grid](
+            main,
+            branch if branch is not None else main,
+            x.bias if x.bias is not None else alpha,
+            alpha,
+            beta,
+            total,
+            out,
+            rows,
+            columns,
+            main.stride(0),
+            main.stride(1),
+            branch.stride(0) if branch is not None else 0,
+            branch.stride(1) if branch is not None else 0,
+            branch is not None,
+            x.bias is not None,
+            keep,
+            LAST=last,
+            EXACT=main.dtype == torch.float32,
+            TILE=tile,
+            BLOCK=block,
+            num_warps=_WARPS,
+        )
     made = [each.transpose(1, 2) if last else each for each in (total, out)]
     return made[0] if keep else None, made[1]
 
@@ -68,23 +69,24 @@ def snake_pointwise(x: Sum, alpha: Tensor, beta: Tensor, conv: nn.Conv1d, skip: 
     tile, step = _POINTWISE[channels]
     assert rows.is_contiguous()
     assert skipped.is_contiguous()
-    _pointwise_kernel[(triton.cdiv(count, tile),)](
-        rows,
-        skipped,
-        conv.weight,
-        x.bias if x.bias is not None else alpha,
-        alpha,
-        beta,
-        conv.bias if conv.bias is not None else alpha,
-        out,
-        count,
-        x.bias is not None,
-        conv.bias is not None,
-        channels,
-        tile,
-        step,
-        num_warps=8,
-    )
+    if not out.is_meta:
+        _pointwise_kernel[(triton.cdiv(count, tile),)](
+            rows,
+            skipped,
+            conv.weight,
+            x.bias if x.bias is not None else alpha,
+            alpha,
+            beta,
+            conv.bias if conv.bias is not None else alpha,
+            out,
+            count,
+            x.bias is not None,
+            conv.bias is not None,
+            channels,
+            tile,
+            step,
+            num_warps=8,
+        )
     return out.transpose(1, 2)
 
 
@@ -123,7 +125,8 @@ def _snake(x, alpha, scale, EXACT: tl.constexpr):
     return x + scale * sine * sine
 
 
-@triton.jit
+# What is asked for comes at run time, because each program takes half a second to compile.
+@triton.jit(do_not_specialize=["rows", "branched", "biased", "keep"])
 def _snake_kernel(
     main,
     branch,
@@ -138,15 +141,16 @@ def _snake_kernel(
     main_row,
     branch_item,
     branch_row,
-    BRANCH: tl.constexpr,
-    BIAS: tl.constexpr,
-    KEEP: tl.constexpr,
+    branched,
+    biased,
+    keep,
     LAST: tl.constexpr,
     EXACT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile: of (samples, channels) where LAST, else of (channels, samples)."""
+    """One tile: of (samples, channels) where LAST, else of (channels, samples). branched, biased: whether there are a
+    branch and a bias; keep: whether the sum is stored, too."""
     item = tl.program_id(2).to(tl.int64)
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -160,16 +164,14 @@ def _snake_kernel(
     alpha = tl.exp(tl.load(alphas + channel, mask=known, other=0.0).to(tl.float32))
     scale = 1.0 / (tl.exp(tl.load(betas + channel, mask=known, other=0.0).to(tl.float32)) + 1e-9)
     value = tl.load(main + item * main_item + row * main_row + column, mask=mask, other=0.0).to(tl.float32)
-    if BRANCH:
-        value += tl.load(branch + item * branch_item + row * branch_row + column, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        value += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    wide = tl.load(branch + item * branch_item + row * branch_row + column, mask=mask & (branched != 0), other=0.0)
+    value += wide.to(tl.float32)
+    value += tl.load(bias + channel, mask=known & (biased != 0), other=0.0).to(tl.float32)
     at = (item * rows + row) * columns + column
-    if KEEP:
-        # What is kept is rounded, and Snake is taken of what is kept.
-        kept = value.to(total.dtype.element_ty)
-        tl.store(total + at, kept, mask=mask)
-        value = kept.to(tl.float32)
+    # What is kept is rounded, and Snake is taken of what is kept.
+    kept = value.to(total.dtype.element_ty)
+    tl.store(total + at, kept, mask=mask & (keep != 0))
+    value = tl.where(keep != 0, kept.to(tl.float32), value)
     tl.store(out + at, _snake(value, alpha, scale, EXACT).to(out.dtype.element_ty), mask=mask)
 
 

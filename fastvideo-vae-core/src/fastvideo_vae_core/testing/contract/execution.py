@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
+from fastvideo_vae_core.grids import Place
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.testing.contract.hooks import VAE, Hooks, both_directions, distance, moments
@@ -79,10 +81,40 @@ class ExecutionContract(Hooks):
             self.check_sharded(vae64, direction, x, world, self.fp64_bound, destination=destination)
 
     @both_directions
+    def test_sharded_in_float32_equals_whole(self, vae: VAE, direction: Direction) -> None:
+        """Over one rank, and over as many as there are; the smallest grid, and a larger one."""
+        for world in (1, 2, 3, 5):
+            for grid in {self.latent_grids[0], self.latent_grids[-1]}:
+                x = self.example(vae, direction, batch=1, grid=grid)
+                self.check_sharded(vae, direction, x, world, self.fp32_bound)
+
+    @both_directions
     def test_sharded_in_tiles_equals_whole(self, vae: VAE, direction: Direction) -> None:
         """Float32, item by item."""
         x = self.example(vae, direction)
         self.check_sharded(vae, direction, x, 2, self.fp32_bound, tile=(3,) * (x.ndim - 2), items=1)
+
+    @both_directions
+    def test_a_shared_stream_equals_the_whole(self, vae64: VAE, direction: Direction) -> None:
+        """Only the destination gets pieces; or all are told that the network streams on one device."""
+        for world, grid in zip((2, 3, 5), self.latent_grids[::-1], strict=False):
+            x = self.example(vae64, direction, grid=grid)
+
+            def call(group: object, x: Tensor = x) -> list[Tensor]:
+                sharding = Sharding(group=group, destination=1, timeout=20)
+                if direction == "decode":
+                    return list(vae64.decode_stream(self.chunks(x), mesh=sharding))
+                return [moments(posterior) for posterior in vae64.encode_stream(self.chunks(x), mesh=sharding)]
+
+            assert vae64.shares_streams == self.shares_streams
+            if not self.shares_streams:
+                with pytest.raises(ConfigError, match="on one device"):
+                    on_ranks(world, call)
+                return
+            pieces = on_ranks(world, call)
+            assert [rank for rank, made in enumerate(pieces) if made] == [1]
+            made = torch.cat(pieces[1], self.stream_axis)
+            assert distance(made, self.run(vae64, direction, x)) <= self.fp64_bound
 
     @pytest.mark.slow
     @both_directions
@@ -143,6 +175,18 @@ class ExecutionContract(Hooks):
             assert distance(self.run(vae64, direction, x, plan), self.run(vae64, direction, x)) <= self.fp64_bound
 
     @both_directions
+    @pytest.mark.parametrize("place", ["slabs", "anew"])
+    def test_grids_can_lie_elsewhere(self, vae64: VAE, direction: Direction, place: Place) -> None:
+        """In slabs, of which a part is on the host, or nowhere."""
+        x = self.example(vae64, direction, batch=1)
+        sizes = [axis.output_size(2) for axis in vae64.sample_axes]
+        plan = self.plan(vae64, direction, tuple(x.shape), tile=sizes)
+        steps = len(vae64._steps(direction))
+        placed = replace(plan, places=(place,) * steps, host_shares=(0.4,) * steps)
+        made, tiled = (self.run(vae64, direction, x, each) for each in (placed, plan))
+        assert distance(made, tiled) <= self.fp64_bound
+
+    @both_directions
     def test_tiling_can_be_configured(self, vae: VAE, direction: Direction) -> None:
         x = self.example(vae, direction)
         whole = self.run(vae, direction, x)
@@ -194,6 +238,7 @@ class ExecutionContract(Hooks):
         assert (tight.mode, tight.items) != (whole.mode, whole.items)
         assert "budget" in str(tight)
 
+    @pytest.mark.slow  # It searches everything there is.
     def test_a_budget_that_nothing_fits_says_the_least_that_does(self, vae: VAE) -> None:
         shape = self.large(vae, "decode")
         with pytest.raises(MemoryBudgetError, match=r"needs .* or more") as caught:

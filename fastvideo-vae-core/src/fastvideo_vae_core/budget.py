@@ -1,0 +1,281 @@
+"""The plan that a memory budget asks for: the fastest that is predicted to fit.
+
+Peaks are rehearsed. Times are only compared, so a rough model of a step is enough: its multiplications, and the bytes
+that it gets from the host and sends there, all of which go on beside each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from fastvideo_vae_core.errors import MemoryBudgetError
+from fastvideo_vae_core.grids import Anew, Grid, Making, Place, Region, makings_of
+from fastvideo_vae_core.memory import format_bytes
+from fastvideo_vae_core.plan import Plan
+from fastvideo_vae_core.tiling import Part, Passed, crop_sizes, regions
+
+# Of an H100: multiplications of 16-bit convolutions a second, as whole decoders reach them, and bytes a second over
+# PCIe from and to pinned memory, in each direction. Other GPUs are slower in both.
+_MULTIPLICATIONS, _BYTES = 2.5e14, 5e10
+
+# A plan without the host that is at most this much slower than the whole is good enough to look no further.
+_GOOD = 1.1
+
+# Grids that are smaller than this share of the budget stay on the device.
+_SMALL = 1 / 64
+
+# How often an estimate of the memory is corrected.
+_ATTEMPTS = 3
+
+# What a share on the host may lose to slabs of whole rows.
+_ROUNDING = 1 / 64
+
+
+def choose(plan: Plan, budget: int, tiles: Sequence[tuple[int, ...]], slabs: Sequence[tuple[int, ...]]) -> Plan:
+    """The plan itself if it fits; else with smaller pieces of the batch and in time, which cost nothing; else in tiles;
+    else with grids on the host or computed anew.
+
+    tiles, slabs: what there is to choose from. A slab is cut along one axis, so that it lies in memory in few blocks;
+    the host is used with slabs only.
+
+    Raises:
+        MemoryBudgetError: nothing fits; the message says the least that would do.
+    """
+    search = _Search(plan, budget)
+    found = search.untiled() or search.tiled([*tiles, *slabs]) if tiles or slabs else search.untiled()
+    whole = found is not None and not found.places and found.tile == plan.tile
+    if slabs and not whole and plan.device.type == "cuda" and plan.sharding is None:
+        slow = None if found is None else search.slowness(found)
+        if slow is None or slow > _GOOD:
+            placed = search.placed(slabs)
+            if placed is not None and (slow is None or search.slowness(placed) < slow):
+                found = placed
+    if found is None:
+        raise MemoryBudgetError(
+            f"{plan.direction} of {plan.input_shape} needs {format_bytes(search.least)} or more, the budget is"
+            f" {format_bytes(budget)}; raise it, or take a smaller input or a 16-bit dtype"
+        )
+    return replace(found, notes=(*found.notes, f"chosen for a budget of {format_bytes(budget)}"))
+
+
+class _Search:
+    """The plans for one call, and what is known of them."""
+
+    def __init__(self, plan: Plan, budget: int) -> None:
+        self.plan, self.budget = plan, budget
+        self.chunks = [] if plan.chunk is None else [plan.chunk >> by for by in range(1, plan.chunk.bit_length())]
+        self.smallest = replace(plan, items=1, chunk=self.chunks[-1] if self.chunks else plan.chunk)
+        self.least: int = plan.peak_bytes
+        self._steps: Sequence[Passed] | None = None
+
+    def untiled(self) -> Plan | None:
+        """The plan, or with smaller pieces."""
+        fewer = replace(self.plan, items=1)
+        return self._first([self.plan, fewer, *(replace(fewer, chunk=chunk) for chunk in self.chunks)])
+
+    def tiled(self, tiles: Sequence[tuple[int, ...]]) -> Plan | None:
+        """Tiles, with all grids on the device; those that recompute least."""
+        plans = [replace(self.smallest, mode="tiled", tile=tile) for tile in tiles]
+        if not plans or (self._first([plans[-1]]) is None and self._first([min(plans, key=_area)]) is None):
+            return None
+        if self.plan.sharding is not None:
+            return self._first(plans)
+        return self._in_larger_pieces(self._first(sorted(plans, key=self.slowness)))
+
+    def placed(self, slabs: Sequence[tuple[int, ...]]) -> Plan | None:
+        """Slabs, with the large grids in slabs too or computed anew, and as little on the host as fits."""
+        found: Plan | None = None
+        for tile in reversed(slabs):
+            plan = self._in_slabs(tile)
+            if plan is None:
+                # Larger ones need more.
+                break
+            if found is not None and self.slowness(plan) >= self.slowness(found):
+                break
+            found = plan
+        return self._in_larger_pieces(found)
+
+    @property
+    def steps(self) -> Sequence[Passed]:
+        """What a rehearsal sees of the steps, each in one tile."""
+        if self._steps is None:
+            whole = tuple(map(max, self.plan.input_shape[2:], self.plan.output_shape[2:]))
+            self._steps = replace(self.smallest, mode="tiled", tile=whole).forecast.steps
+        return self._steps
+
+    def slowness(self, plan: Plan) -> float:
+        """Estimated time as a multiple of the whole's."""
+        assert plan.tile is not None
+        model = Model(self.steps, plan.tile)
+        return model.time(plan.places, plan.host_shares) / model.whole
+
+    def _in_slabs(self, tile: tuple[int, ...]) -> Plan | None:
+        large = [index for index, each in enumerate(self.steps[:-1]) if each.made > _SMALL * self.budget]
+        places = tuple[Place, ...]("slabs" if index in large else "device" for index in range(len(self.steps)))
+        all_ = tuple(float(place == "slabs") for place in places)
+        plan = replace(self.smallest, mode="tiled", tile=tile, places=places)
+        if self._first([replace(plan, host_shares=all_)]) is None:
+            return None
+        seen = plan.forecast
+        model = Model(self.steps, tile)
+        room = [self.budget - (seen.peak - max(each.peak for each in seen.steps))] * len(places)
+        # What a step takes beside the grids, which the model knows.
+        beside = [each.peak - sum(live) for each, live in zip(seen.steps, model.live(places), strict=True)]
+        fitting: Plan | None = None
+        for _ in range(_ATTEMPTS):
+            found = model.fastest(places, large, [have - need for have, need in zip(room, beside, strict=True)])
+            if found is None:
+                break
+            fitting = self._first([replace(plan, places=found[0], host_shares=found[1])])
+            if fitting is not None:
+                break
+            # Computing anew takes memory that the model does not know.
+            tried = replace(plan, places=found[0], host_shares=found[1]).forecast
+            over = [max(each.peak - have, 0) for each, have in zip(tried.steps, room, strict=True)]
+            beside = [need + more for need, more in zip(beside, over, strict=True)]
+        return fitting or self._first([replace(plan, host_shares=all_)])
+
+    def _in_larger_pieces(self, plan: Plan | None) -> Plan | None:
+        """The same with more latent frames at a time, where that fits too."""
+        if plan is None or not self.chunks:
+            return plan
+        larger = [self.plan.chunk, *self.chunks[:-1]]
+        return self._first([replace(plan, chunk=chunk) for chunk in larger]) or plan
+
+    def _first(self, plans: Sequence[Plan]) -> Plan | None:
+        for plan in plans:
+            self.least = min(self.least, plan.peak_bytes)
+            if plan.peak_bytes <= self.budget:
+                return plan
+        return None
+
+
+class Model:
+    """Estimates of the time and the memory of steps in tiles, for grids in several places."""
+
+    def __init__(self, steps: Sequence[Passed], tile: Sequence[int]) -> None:
+        self.steps, self.tile = steps, tile
+        self.whole = max(sum(each.work for each in steps), 1.0) / _MULTIPLICATIONS
+        self._regions = [_kinds(each, tile) for each in steps]
+
+    def fastest(
+        self, places: Sequence[Place], large: Sequence[int], room: Sequence[int]
+    ) -> tuple[tuple[Place, ...], tuple[float, ...]] | None:
+        """Each large grid where it costs least time, changed one by one for as long as that helps, with the shares on
+        the host that it takes; None if nothing fits.
+
+        room: bytes that each step has for grids.
+        """
+        best, shares = list(places), self._shares(places, room)
+        if shares is None:
+            return None
+        least, better = self.time(best, shares), True
+        while better:
+            better = False
+            for index in large:
+                other = list(best)
+                other[index] = "anew" if best[index] == "slabs" else "slabs"
+                needed = self._shares(other, room)
+                if needed is not None and (time := self.time(other, needed)) < 0.999 * least:
+                    best, shares, least, better = other, needed, time, True
+        return tuple(best), shares
+
+    def time(self, places: Sequence[Place], shares: Sequence[float]) -> float:
+        """Estimated seconds."""
+        return sum(self._times(places, shares))
+
+    def live(self, places: Sequence[Place]) -> Iterator[tuple[int, int]]:
+        """Bytes of the grids that are there in each step: in one tensor, and in slabs."""
+        for held, slabs in self._grids(places):
+            yield sum(self.steps[each].made for each in held), self._passing(slabs)
+
+    def _shares(self, places: Sequence[Place], room: Sequence[int]) -> tuple[float, ...] | None:
+        shares = [0.0] * len(places)
+        for have, (held, slabs) in zip(room, self._grids(places), strict=True):
+            passing = self._passing(slabs)
+            over = sum(self.steps[each].made for each in held) + passing - have
+            if over <= 0:
+                continue
+            if over > passing:
+                return None
+            for index in {each for group in slabs for each in group}:
+                shares[index] = max(shares[index], min(over / passing + _ROUNDING, 1.0))
+        return tuple(shares)
+
+    def _passing(self, slabs: tuple[list[int], list[int], list[int]]) -> int:
+        """The grid that is made takes the place of those that go."""
+        kept, dying, made = (sum(self.steps[each].made for each in group) for group in slabs)
+        return kept + max(dying, made)
+
+    def _grids(self, places: Sequence[Place]) -> Iterator[tuple[list[int], tuple[list[int], list[int], list[int]]]]:
+        """The grids that are there in each step: in one tensor; and in slabs those that stay, go and come."""
+        for index, each in enumerate(self.steps):
+            before = self._behind([*each.reads, *each.kept], places)
+            after = self._behind([*each.kept, *(each.reads if places[index] == "anew" else ())], places)
+            in_slabs = {grid for grid in before if places[grid] == "slabs"}
+            held = [grid for grid in before if places[grid] == "device"]
+            made = [index] if places[index] == "slabs" else []
+            if places[index] == "device":
+                held.append(index)
+            yield held, ([*(in_slabs & after)], [*(in_slabs - after)], made)
+
+    def _behind(self, grids: Sequence[int], places: Sequence[Place]) -> set[int]:
+        """The grids in memory that these are, or would be made from."""
+        found, left = set[int](), [each for each in grids if each >= 0]
+        while left:
+            grid = left.pop()
+            if places[grid] == "anew":
+                left += [each for each in self.steps[grid].reads if each >= 0]
+            else:
+                found.add(grid)
+        return found
+
+    def _times(self, places: Sequence[Place], shares: Sequence[float]) -> Iterator[float]:
+        grids = {-1: Grid(index=-1, sizes=self.steps[0].sizes)}
+        for index, each in enumerate(self.steps):
+            place = places[index] if places else "device"
+            reads = tuple(grids[read] for read in each.reads)
+            sizes = tuple(axis.output_size(size) for axis, size in zip(each.step.axes, each.sizes, strict=True))
+            if place == "anew":
+                grids[index] = Anew(index=index, sizes=sizes, step=each.step, reads=reads, moments=None)
+            else:
+                grids[index] = Grid(index=index, sizes=sizes)
+            if place == "anew" and not each.following:
+                continue
+            work = up = 0.0
+            for region, times in self._regions[index]:
+                makings, wanted = makings_of(Making(each.step, reads, None, region))
+                for grid, making in makings:
+                    source = self.steps[index if grid is None else grid.index]
+                    work += times * source.work * _share(source, making.crop())
+                for grid, box in wanted.items():
+                    if grid.index >= 0 and shares and shares[grid.index] and not isinstance(grid, Anew):
+                        part = math.prod((b - a) / size for (a, b), size in zip(box, grid.sizes, strict=True))
+                        up += times * shares[grid.index] * self.steps[grid.index].made * part
+            down = shares[index] * each.made if shares and place == "slabs" else 0.0
+            yield max(work / _MULTIPLICATIONS, up / _BYTES, down / _BYTES)
+
+
+def _area(plan: Plan) -> int:
+    assert plan.tile is not None
+    return math.prod(plan.tile)
+
+
+def _kinds(passed: Passed, tile: Sequence[int]) -> list[tuple[Region, int]]:
+    """A tile of each size, and how many there are; those in the middle stand for all."""
+    found, counts = dict[tuple[int, ...], Region](), Counter[tuple[int, ...]]()
+    for region in regions(passed.step.axes, Part.whole(passed.step, passed.sizes), tile):
+        size = crop_sizes(passed.step.axes, region, passed.sizes)
+        counts[size] += 1
+        if counts[size] <= 2:
+            found[size] = region
+    return [(region, counts[size]) for size, region in found.items()]
+
+
+def _share(passed: Passed, crop: Region) -> float:
+    """What a step makes of a crop, as a part of what it makes of all."""
+    axes = zip(passed.step.axes, crop, passed.sizes, strict=True)
+    return math.prod(axis.output_size(stop - start) / axis.output_size(size) for axis, (start, stop), size in axes)

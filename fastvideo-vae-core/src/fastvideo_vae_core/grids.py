@@ -1,0 +1,386 @@
+"""Where the grids between the steps of a network are, and how a step gets the parts of them that a tile is made from.
+
+A grid is one tensor on the device; or it is in slabs, which go one by one as their last reader passes, so that the next
+grid takes their place, and of which a share may be on the host, from where it comes and where it goes while others are
+being computed; or it is nowhere: then each reader computes the part that it needs anew, from what the grid would have
+been made from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvideo_vae_core.memory import elsewhere, rehearsal
+from fastvideo_vae_core.ops.norm import Moments
+
+if TYPE_CHECKING:
+    from fastvideo_vae_core.tiling import Step
+
+Place = Literal["device", "slabs", "anew"]
+
+# Elements [start, stop) of an axis, and of each axis behind (B, C).
+Span = tuple[int, int]
+Region = tuple[Span, ...]
+
+
+@dataclass(eq=False, kw_only=True)
+class Grid:
+    """What a step reads.
+
+    Attributes:
+        index: grids are made from those with smaller ones.
+        sizes: of the whole grid along each axis behind (B, C).
+    """
+
+    index: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(eq=False, kw_only=True)
+class Held(Grid):
+    """A grid in one tensor on the device.
+
+    Attributes:
+        data: (B, C, ...), or the part of it that is here.
+        begin: where that part begins along each axis behind (B, C).
+    """
+
+    data: Tensor
+    begin: tuple[int, ...]
+
+
+class Slab(NamedTuple):
+    """The elements `span` of the axis along which a grid is cut."""
+
+    span: Span
+    data: Tensor
+    on_host: bool
+
+
+@dataclass(eq=False, kw_only=True)
+class Slabs(Grid):
+    """A grid in slabs along one axis.
+
+    Attributes:
+        axis: of a tensor (B, C, ...).
+        slabs: those that are still needed.
+    """
+
+    axis: int
+    slabs: list[Slab] = field(default_factory=list)
+
+    def release(self, before: int) -> None:
+        """Let go of what lies in front of this element."""
+        self.slabs[:] = [slab for slab in self.slabs if slab.span[1] > before]
+
+
+@dataclass(eq=False, kw_only=True)
+class Anew(Grid):
+    """A grid that is nowhere, but can be computed wherever it is read.
+
+    Attributes:
+        step, reads, moments: how it is made, from what, and by which statistics.
+    """
+
+    step: Step
+    reads: tuple[Grid, ...]
+    moments: Moments | None
+
+
+class Courier:
+    """Brings crops from the host to the device and tiles from the device to the host, beside what is being computed.
+
+    On a GPU there is a stream for each way and pinned memory. All that a stream touches on the device belongs to the
+    stream that computes, and each waits for the other before it reuses memory, so what is there at a time does not
+    depend on who is faster: a crop that is used and one that is coming, a tile that is being made and one that leaves.
+    Elsewhere copies are done at once.
+    """
+
+    def __init__(self, device: torch.device, real: bool) -> None:
+        # Crops come one tile ahead; so they do in a rehearsal.
+        self.ahead = device.type == "cuda"
+        self._device = device
+        self._asynchronous = self.ahead and real
+        # Made when the host is used first: a call that is recorded as a graph must not wait for streams of its own.
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._leaving = deque[tuple[torch.cuda.Event | None, list[Tensor]]]()
+
+    def __enter__(self) -> Courier:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.settle()
+
+    def bring(self, grid: Slabs, region: Region) -> Callable[[], Tensor]:
+        """Begin to put together a part of a grid; the result waits for what comes from the host."""
+        first, last = region[grid.axis - 2]
+        needed = [slab for slab in grid.slabs if slab.span[0] < last and slab.span[1] > first]
+        if len(needed) == 1 and not needed[0].on_host:
+            part = _part_of(needed[0], grid.axis, region)
+            return lambda: part
+        slab = needed[0].data
+        shape = (*slab.shape[:2], *(stop - start for start, stop in region))
+        device = self._device if self._asynchronous else slab.device
+        made = torch.empty(shape, dtype=slab.dtype, device=device, memory_format=layout_of(slab))
+        for slab_ in needed:
+            start, stop = max(slab_.span[0], first), min(slab_.span[1], last)
+            inner = [*region]
+            inner[grid.axis - 2] = (start, stop)
+            source, into = _part_of(slab_, grid.axis, inner), made.narrow(grid.axis, start - first, stop - start)
+            if slab_.on_host:
+                self._upload(into, source)
+            else:
+                into.copy_(source)
+        comes = self._asynchronous and any(slab_.on_host for slab_ in needed)
+        event = self._ways()[0].record_event() if comes else None
+
+        def arrived() -> Tensor:
+            if event is not None:
+                torch.cuda.current_stream(self._device).wait_event(event)
+            return made
+
+        return arrived
+
+    def store(self, piece: Tensor, grid: Slabs, region: Region, span: Span, host_share: float) -> None:
+        """Keep a tile of a grid, in the slab `span` of its axis: a share of it on the host, the rest on the device."""
+        start, stop = span
+        edge = stop - math.ceil((stop - start) * host_share)
+        if not any(slab.span[0] == start for slab in grid.slabs):
+            for part, on_host in (((start, edge), False), ((edge, stop), True)):
+                if part[0] < part[1]:
+                    grid.slabs.append(Slab(part, self._room(piece, grid, part, on_host), on_host))
+        leaving: list[Tensor] = []
+        for slab in grid.slabs:
+            if start <= slab.span[0] < stop:
+                inner = [*region]
+                inner[grid.axis - 2] = slab.span
+                into = _part_of(slab, grid.axis, inner)
+                source = piece.narrow(grid.axis, slab.span[0] - start, slab.span[1] - slab.span[0])
+                if slab.on_host:
+                    leaving.append(self._download(into, source))
+                else:
+                    into.copy_(source)
+        if leaving and self.ahead:
+            event = self._ways()[1].record_event() if self._asynchronous else None
+            self._leaving.append((event, leaving))
+            while len(self._leaving) > 1:
+                self._let_go()
+
+    def _room(self, piece: Tensor, grid: Slabs, span: Span, on_host: bool) -> Tensor:
+        sizes = list(grid.sizes)
+        sizes[grid.axis - 2] = span[1] - span[0]
+        shape, layout = (*piece.shape[:2], *sizes), layout_of(piece)
+        if not on_host:
+            return torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=layout)
+        device, pinned = piece.device if piece.is_meta else torch.device("cpu"), self._asynchronous
+        with elsewhere():
+            return torch.empty(shape, dtype=piece.dtype, device=device, pin_memory=pinned, memory_format=layout)
+
+    def _upload(self, into: Tensor, source: Tensor) -> None:
+        if (seen := rehearsal()) is not None:
+            seen.uploaded += seen.times * source.nbytes
+        if not self._asynchronous:
+            into.copy_(source)
+            return
+        stream, _ = self._ways()
+        # The memory may have been in use before.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            _copy(into, source)
+
+    def _download(self, into: Tensor, source: Tensor) -> Tensor:
+        """Begin to copy to the host; what is given back must stay until it is done."""
+        if (seen := rehearsal()) is not None:
+            seen.downloaded += seen.times * source.nbytes
+        if not self._asynchronous:
+            into.copy_(source)
+            return source
+        _, stream = self._ways()
+        if _order(source) != _order(into):
+            source = source.contiguous(memory_format=layout_of(into))
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            _copy(into, source)
+        return source
+
+    def settle(self) -> None:
+        """Wait, on the stream that computes, until everything that is under way has arrived."""
+        while self._leaving:
+            self._let_go()
+        if self._streams is not None:
+            for stream in self._streams:
+                torch.cuda.current_stream(self._device).wait_stream(stream)
+            # What comes from the host next may be what went there last.
+            self._streams[0].wait_stream(self._streams[1])
+
+    def _ways(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """The streams from the host and to it."""
+        if self._streams is None:
+            self._streams = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        return self._streams
+
+    def _let_go(self) -> None:
+        event, _ = self._leaving.popleft()
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+
+class Making(NamedTuple):
+    """A region of what a step makes."""
+
+    step: Step
+    reads: tuple[Grid, ...]
+    moments: Moments | None
+    region: Region
+
+    def crop(self) -> Region:
+        """The elements of the grids that it is made from."""
+        axes = zip(self.step.axes, self.region, self.reads[0].sizes, strict=True)
+        return tuple(axis.needs(*span, size) for axis, span, size in axes)
+
+    def run(self, crops: Sequence[Tensor]) -> Tensor:
+        """The region, from these elements; what their borders spoiled is cut off."""
+        keep = []
+        for axis, (start, stop), (first, _) in zip(self.step.axes, self.region, self.crop(), strict=True):
+            skip = start - axis.position(first)
+            keep.append(slice(skip, skip + stop - start))
+        return self.step.run(crops, self.moments)[(slice(None), slice(None), *keep)]
+
+
+def makings_of(making: Making) -> tuple[list[tuple[Grid | None, Making]], dict[Grid, Region]]:
+    """What has to be made, last to first, each with the grid that it is a part of; and which part of each grid is
+    wanted. Of a grid there is one part, however many read it on the way."""
+    makings: list[tuple[Grid | None, Making]] = [(None, making)]
+    wanted = dict[Grid, Region]()
+    _ask(making, wanted)
+    met = set[Grid]()
+    while grids := [grid for grid in wanted if isinstance(grid, Anew) and grid not in met]:
+        # All that read it have asked when it is the last one.
+        grid = max(grids, key=lambda each: each.index)
+        met.add(grid)
+        inner = Making(grid.step, grid.reads, grid.moments, wanted[grid])
+        _ask(inner, wanted)
+        makings.append((grid, inner))
+    return makings, wanted
+
+
+def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Slabs, int]]:
+    """For each of the regions that follow each other, what of the slabs the later ones still need: from which element
+    on."""
+    needed = {grid: grid.sizes[grid.axis - 2] for grid in dying}
+    found = []
+    for making in reversed(makings):
+        found.append(dict(needed))
+        if needed:
+            _, wanted = makings_of(making)
+            for grid in needed:
+                if grid in wanted:
+                    needed[grid] = min(needed[grid], wanted[grid][grid.axis - 2][0])
+    return found[::-1]
+
+
+def prepare(making: Making, courier: Courier) -> Callable[[], Tensor]:
+    """Begin to bring what a region is made from; the result makes it, and is called once."""
+    makings, wanted = makings_of(making)
+    near = {grid: courier.bring(grid, region) for grid, region in wanted.items() if isinstance(grid, Slabs)}
+
+    def make() -> Tensor:
+        users = Counter(grid for _, each in makings for grid in set(each.reads))
+        here: dict[Grid, Tensor] = {grid: arrived() for grid, arrived in near.items()}
+        near.clear()
+        while True:
+            grid, inner = makings.pop()
+            crop = inner.crop()
+            crops = [_near(each, here, wanted, crop) for each in inner.reads]
+            for each in set(inner.reads):
+                users[each] -= 1
+                if not users[each]:
+                    here.pop(each, None)
+            made = inner.run(crops)
+            del crops
+            if grid is None:
+                return made
+            here[grid] = made
+
+    return make
+
+
+def reachable(grids: Iterable[Grid]) -> set[Grid]:
+    """These grids, and those that they would be made from."""
+    found, left = set[Grid](), list(grids)
+    while left:
+        grid = left.pop()
+        found.add(grid)
+        left.extend(grid.reads if isinstance(grid, Anew) else ())
+    return found
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The order in memory of a grid or a part of one, so that what it goes into keeps it."""
+    order = _order(x)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return last if last is not None and order == (0, *range(2, x.ndim), 1) else torch.contiguous_format
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """The axes from the outermost to the innermost in memory; those of one element stay where they are."""
+    plain = tuple(range(x.ndim))
+    if x.shape[1] == 1 or x.stride(1) != 1 or all(size == 1 for size in x.shape[2:]):
+        return plain
+    # A part of a plain grid has channels side by side only where it is one position wide.
+    return (0, *plain[2:], 1) if all(x.stride(axis) >= x.shape[1] for axis in plain[2:] if x.shape[axis] > 1) else plain
+
+
+def _ask(making: Making, wanted: dict[Grid, Region]) -> None:
+    crop = making.crop()
+    for grid in making.reads:
+        known = wanted.get(grid, crop)
+        wanted[grid] = tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(known, crop, strict=True))
+
+
+def _near(grid: Grid, here: Mapping[Grid, Tensor], wanted: dict[Grid, Region], crop: Region) -> Tensor:
+    """A part of a grid, from what has come or was made of it, or from the grid itself."""
+    if grid in here:
+        return _part(here[grid], crop, [start for start, _ in wanted[grid]])
+    assert isinstance(grid, Held)
+    return _part(grid.data, crop, grid.begin)
+
+
+def _part_of(slab: Slab, axis: int, region: Sequence[Span]) -> Tensor:
+    begin = [0] * len(region)
+    begin[axis - 2] = slab.span[0]
+    return _part(slab.data, region, begin)
+
+
+def _part(data: Tensor, region: Sequence[Span], begin: Sequence[int]) -> Tensor:
+    spans = (slice(start - origin, stop - origin) for (start, stop), origin in zip(region, begin, strict=True))
+    return data[(slice(None), slice(None), *spans)]
+
+
+def _copy(into: Tensor, source: Tensor) -> None:
+    """Copy without waiting, and without the temporary copy that PyTorch makes of what has gaps in memory."""
+    for one, other in _runs(_in_memory(into), _in_memory(source)):
+        one.copy_(other, non_blocking=True)
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    return x.permute(_order(x))
+
+
+def _runs(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of parts without gaps, as large as they can be: one where a slab is cut along the outermost axis."""
+    if one.is_contiguous() and other.is_contiguous():
+        yield one, other
+        return
+    for pair in zip(one.unbind(0), other.unbind(0), strict=True):
+        yield from _runs(*pair)

@@ -1,0 +1,104 @@
+"""Convolutions as sums of matrix products: the same numbers, and when they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastvideo_vae_core.memory import predicted_peak
+from fastvideo_vae_core.ops import taps
+from fastvideo_vae_core.ops.causal import Cache, CausalConv3d
+from fastvideo_vae_core.ops.clip import CausalConv, Clip, Run, convolved
+from fastvideo_vae_core.testing.parity import relative_error
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    with torch.no_grad():
+        yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("innermost", [False, True], ids=["plain", "channels innermost"])
+@pytest.mark.parametrize(
+    ("conv", "sizes"),
+    [
+        (nn.Conv1d(5, 6, 7, dilation=3, bias=False), (60,)),
+        (nn.Conv2d(5, 6, 3, bias=False), (9, 7)),
+        (nn.Conv3d(5, 6, 3, bias=False), (5, 9, 7)),
+        (nn.Conv3d(5, 6, (3, 1, 1), bias=False), (3, 9, 7)),
+        (nn.Conv2d(5, 6, (1, 3), dilation=(1, 2), bias=False), (4, 5)),
+    ],
+    ids=str,
+)
+def test_products_are_the_convolution(conv: Any, sizes: tuple[int, ...], innermost: bool) -> None:
+    conv, x = conv.double(), torch.randn(2, 5, *sizes, dtype=torch.float64)
+    given = x.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else x
+    y = taps.convolved(given, conv.weight, conv.dilation)
+    assert relative_error(y, conv(x)) <= 1e-15
+    assert (y.stride(1) == 1) == innermost
+
+
+def test_every_position_is_the_same_among_any_others() -> None:
+    """Where cuDNN would choose another algorithm for another number of frames."""
+    conv, x = nn.Conv3d(5, 6, 3, bias=False).double(), torch.randn(1, 5, 9, 6, 7, dtype=torch.float64)
+    whole = taps.convolved(x, conv.weight)
+    parts = [taps.convolved(x[:, :, start : start + 3], conv.weight) for start in range(7)]
+    assert relative_error(torch.cat(parts, 2), whole) <= 1e-15
+
+
+def test_only_wide_layers_in_float32_on_a_gpu_without_tf32() -> None:
+    wide, narrow = nn.Conv2d(128, 128, 3), nn.Conv2d(128, 96, 3)
+    x = torch.empty(1, 128, 4, 4)
+    assert taps.takes(GPU, x, wide)
+    assert not taps.takes(CPU, x, wide)
+    assert not taps.takes(GPU, x, narrow)
+    assert not taps.takes(GPU, x.double(), wide)
+    assert not taps.takes(GPU, x.bfloat16(), wide)
+    assert not taps.takes(GPU, x, nn.Conv2d(128, 128, 1))
+    assert not taps.takes(GPU, x, nn.Conv2d(128, 128, 3, stride=2))
+    with torch.enable_grad():
+        assert not taps.takes(GPU, x, wide)
+    torch.backends.cudnn.allow_tf32 = True
+    assert not taps.takes(GPU, x, wide)
+
+
+def test_no_memory_but_the_result_and_the_weights_in_order() -> None:
+    conv = nn.Conv3d(64, 64, 3, device="meta")
+
+    def run(x: Tensor) -> Tensor:
+        return taps.convolved(x, conv.weight)
+
+    shape = (1, 64, 6, 20, 20)
+    numbers = 2 * 64 * 6 * 20 * 20 + 2 * conv.weight.numel()
+    assert predicted_peak(run, shape, torch.float32) <= 4 * numbers + 4 * 512
+
+
+def test_the_layers_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind zeros, behind a reflection, and with repeated borders, in pieces; with their biases."""
+    x = torch.randn(2, 130, 5, 4, 6, dtype=torch.float64)
+    layers = [CausalConv3d(130, 7), CausalConv3d(130, 7, edge="copies", ahead=1, border="reflect")]
+    clipped = CausalConv(130, 7).double()
+
+    def computed() -> list[Tensor]:
+        made = []
+        for layer in layers:
+            cache, parts = Cache(CPU), []
+            for start in (0, 2):
+                cache.last = start == 2
+                parts.append(layer.double()(x[:, :, start : start + 2 + start], cache))
+            made.append(torch.cat(parts, 2))
+        return [*made, Clip(list(convolved(Clip([x]), clipped, Run(CPU, 2 * 130 * 4 * 6)))).joined()]
+
+    expected = computed()
+    monkeypatch.setattr(taps, "takes", lambda device, x, conv: True)
+    for made, exact in zip(computed(), expected, strict=True):
+        assert relative_error(made, exact) <= 1e-14
