@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.budget import Model
 from fastvideo_vae_core.config import VAEConfig
-from fastvideo_vae_core.errors import MemoryBudgetError
+from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError
+from fastvideo_vae_core.graphs import Captured
 from fastvideo_vae_core.grids import Courier, Place
 from fastvideo_vae_core.memory import forecast
 from fastvideo_vae_core.ops.norm import Moments, group_norm
@@ -189,6 +190,12 @@ class TestBudgets:
         assert any(place != "device" for place in plan.places)
         on_device = [vae.plan_decode(self.SHAPE, tile=(size,) * 2).peak_bytes for size in (64, 512)]
         assert plan.peak_bytes < min(on_device)
+
+    def test_a_graph_does_not_wait_for_the_host(self) -> None:
+        vae = image("cuda")
+        plan = replace(vae.plan_decode(self.SHAPE), host_shares=(0.5,))
+        with pytest.raises(ConfigError, match="one device alone"):
+            Captured(vae, plan)
 
     def test_models_on_a_cpu_do_not_move_grids_where_they_are_already(self) -> None:
         vae = image("cpu")

@@ -27,12 +27,16 @@ class Captured(Generic[Posterior]):
         sample = captured(z).sample
 
     Raises:
-        ConfigError: the model is not on a CUDA device.
+        ConfigError: the model is not on a CUDA device, or the plan needs more than that device.
     """
 
     def __init__(self, vae: ParallelTiledVAE[Posterior], plan: Plan) -> None:
         if plan.device.type != "cuda":
             raise ConfigError(f"CUDA graphs need a CUDA device, the model is on {plan.device}; call it directly")
+        if plan.sharding is not None or any(plan.host_shares):
+            raise ConfigError(
+                "a CUDA graph records one device alone; make a plan without a mesh, and with memory enough"
+            )
         self.plan = plan
         self._vae = vae
         self._lock = threading.Lock()
