@@ -74,7 +74,9 @@ class _Search:
     def untiled(self) -> Plan | None:
         """The plan, or with smaller pieces."""
         fewer = replace(self.plan, items=1)
-        return self._first([self.plan, fewer, *(replace(fewer, chunk=chunk) for chunk in self.chunks)])
+        # Where the result is most of the memory, items one by one cost more than all together: it is there besides.
+        smaller = (replace(each, chunk=chunk) for each in (fewer, self.plan) for chunk in self.chunks)
+        return self._first([self.plan, fewer, *smaller])
 
     def tiled(self, tiles: Sequence[tuple[int, ...]]) -> Plan | None:
         """Tiles, with all grids on the device; those that recompute least."""
