@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.ranks import Ranks, Slab, Span
 from fastvideo_vae_core.sharding import Sharding
 
@@ -117,25 +118,23 @@ class Strip:
         return tuple((scale * start, scale * stop) for start, stop in self._spans)
 
 
-def run_strip(
-    network: Callable[[Tensor, Strip | None], Tensor],
-    x: Tensor,
-    sharding: Sharding,
-    latents: Sequence[int],
-    output: Sequence[int],
-) -> Tensor:
+def run_strip(network: Callable[[Tensor, Strip | None], Tensor], x: Tensor, plan: Plan, channels: int) -> Tensor:
     """This rank's share of what a network makes of a video.
 
-    network: from a strip of the video to that of the result. x: the whole video, on every rank; `latents` and `output`
-    are the shapes of all latents and of the whole result.
+    network: from a strip of the video to that of the result. x: the whole video, on every rank.
+    channels: of the result.
     """
+    sharding = plan.sharding
+    assert sharding is not None
     assert sharding.axis is not None
     axis = sharding.axis + 2
+    output = (len(x), channels, *plan.output_shape[2:])
     if sharding.axis == 0:
         # Networks go through the whole time, so every rank computes everything.
         start, stop = sharding.span(output[2])
         return network(x, None)[:, :, start:stop]
-    strip = Strip(sharding, latents[axis], _busiest(sharding, latents[axis]) if x.is_meta else None)
+    latents = (plan.output_shape if plan.direction == "encode" else plan.input_shape)[axis]
+    strip = Strip(sharding, latents, _busiest(sharding, latents) if x.is_meta else None)
     return strip.result(strip.run(lambda part: network(part, strip), x, output), output[axis])
 
 

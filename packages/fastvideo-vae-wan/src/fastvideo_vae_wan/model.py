@@ -207,15 +207,8 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         if plan.sharding is None:
             return super()._execute(plan, x, units)
         network = self._encode if encodes else self._decode
-        latents = plan.output_shape if encodes else plan.input_shape
         channels = 2 * self.arch.z_dim if encodes else self.channels[0]
-        return run_strip(
-            lambda part, strip: network(part, chunk, Cache(plan.device, strip), units),
-            x,
-            plan.sharding,
-            latents,
-            (len(x), channels, *plan.output_shape[2:]),
-        )
+        return run_strip(lambda part, strip: network(part, chunk, Cache(plan.device, strip), units), x, plan, channels)
 
     def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
         network = self._encode if plan.direction == "encode" else self._decode
