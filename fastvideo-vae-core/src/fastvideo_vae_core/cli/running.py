@@ -119,7 +119,7 @@ class Encoding:
         self._end()
         padded = x if self._no_pad else vae.pad_to_valid(x)
         self.plan = whole(self._model, "encode", padded.shape, self._model.sharding)
-        with self._model.console.units("encode") as progress:
+        with out_of_memory(self.plan), self._model.console.units("encode") as progress:
             posterior = vae.encode(padded, plan=self.plan, progress=progress).latent_dist
             synchronize(vae)
         yield posterior
@@ -215,7 +215,7 @@ class Decoding:
         vae = self._model.vae
         z = torch.cat([piece.to(vae.device) for piece in self._pieces], dim=2)
         self.plan = whole(self._model, "decode", z.shape, self._sharding)
-        with self._model.console.units("decode") as progress:
+        with out_of_memory(self.plan), self._model.console.units("decode") as progress:
             sample = vae.decode(z, plan=self.plan, progress=progress).sample
             synchronize(vae)
         yield sample
