@@ -106,4 +106,6 @@ FAMILY = Family(
             folder="vocoder",
         ),
     ),
+    demo="demo/vae",
+    demo_media="demo/clip.mp4",
 )
