@@ -167,7 +167,7 @@ def _smaller(vae: ParallelTiledVAE[Any], plan: Plan) -> Plan | None:
 def _shared_facts(plan: Plan) -> tuple[object, ...]:
     """What must be the same on every rank for their exchanges to fit together."""
     assert plan.sharding is not None
-    call = (plan.direction, plan.input_shape, plan.items, plan.tile, plan.chunk, plan.dtype, plan.retry)
+    call = (plan.direction, plan.input_shape, plan.items, plan.tile, plan.chunk, plan.blend, plan.dtype, plan.retry)
     return (*call, plan.sharding.world, plan.sharding.axis, plan.sharding.destination, plan.sharding.pixels)
 
 

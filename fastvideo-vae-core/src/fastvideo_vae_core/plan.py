@@ -86,8 +86,8 @@ class Plan:
 
     @property
     def in_steps(self) -> bool:
-        """Whether the network is run step by step, on parts of grids, and not at once."""
-        return self.tile is not None or self.sharding is not None
+        """Whether the network is run step by step, on parts of grids, and not at once on all or on blended tiles."""
+        return self.blend is None and (self.tile is not None or self.sharding is not None)
 
     def __str__(self) -> str:
         rows = [

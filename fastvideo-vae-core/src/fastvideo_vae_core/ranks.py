@@ -5,6 +5,8 @@ How they are connected, and what happens when one of them is lost, is the busine
 
 from __future__ import annotations
 
+import itertools
+import math
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,6 +71,37 @@ class Ranks:
         (made,) = self.fetch([(Slab(own[None], 0, spans), [(0, self.world)] * self.world)])
         self.line.settle()
         return made
+
+    def collect(self, own: Tensor | None, like: Tensor, target: int) -> list[Tensor]:
+        """Tensors of any shape, one of each rank that has one, in their order; elsewhere than at the target none.
+
+        like: has their type and number of axes.
+        """
+        shapes = self.shapes(own, like)
+        sizes = [math.prod(shape) for shape in shapes]
+        spans = tuple(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+        wanted = [(0, spans[-1][1]) if rank == target else span for rank, span in enumerate(spans)]
+        (made,) = self.fetch([(Slab((like.new_empty(0) if own is None else own).reshape(-1), 0, spans), wanted)])
+        if self.rank != target:
+            return []
+        parts = zip(made.split(sizes), shapes, strict=True)
+        return [part.view(shape) for part, shape in parts if part.numel()]
+
+    def scatter(self, whole: Tensor | None, like: Tensor, source: int) -> Tensor:
+        """Each rank's slab of what one rank has; like: has its type and number of axes."""
+        shape = self.shapes(whole, like)[source]
+        size = shape[self.axis]
+        spans = tuple((0, size if rank == source else 0) for rank in range(self.world))
+        if whole is None:
+            shape[self.axis] = 0
+            whole = like.new_empty(shape)
+        (made,) = self.fetch([(Slab(whole, self.axis, spans), self.sharding.spans(size))])
+        return made
+
+    def shapes(self, own: Tensor | None, like: Tensor) -> list[list[int]]:
+        """The shape of what each rank has; zeros where it has nothing."""
+        shape = [0] * like.ndim if own is None else own.shape
+        return [[*map(int, each)] for each in self.gather(torch.tensor(shape, device=like.device)).tolist()]
 
     def agree(self, plan: object, device: torch.device) -> None:
         """Make sure that all ranks are here, with the same plan.

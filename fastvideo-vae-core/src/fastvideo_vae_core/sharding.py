@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from fastvideo_vae_core.lines import Line
 from fastvideo_vae_core.ops.norm import Moments
 from fastvideo_vae_core.ranks import Ranks, Slab, Span
 from fastvideo_vae_core.tiling import Part, Step, next_norm, readers, run_step
+
+if TYPE_CHECKING:
+    from fastvideo_vae_core.blending import BlendedTiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,40 @@ def run_sharded(
     # After a step over the whole axis every rank has everything.
     start, stop = sharding.spans(last.spans[-1][1])[rank]
     return last.data.narrow(ranks.axis, start - last.spans[rank][0], stop - start)
+
+
+def run_blended(
+    tiles: BlendedTiles,
+    compute: Callable[[Sequence[slice]], Tensor],
+    x: Tensor,
+    sharding: Sharding,
+) -> Tensor:
+    """Blended tiles, which ranks compute in turns, one each; one rank joins them as a single device would.
+
+    compute: what the network makes of a crop. x: the whole input, on every rank. The result is this rank's slab.
+    """
+    ranks = Ranks(sharding)
+    joins = 0 if sharding.destination is None else sharding.destination
+    rounds = [tiles.crops[start : start + ranks.world] for start in range(0, len(tiles.crops), ranks.world)]
+
+    def collected() -> Iterator[Tensor]:
+        for crops in rounds:
+            if x.is_meta:
+                # Who joins has the tiles of a round at once.
+                yield from [compute(crop) for crop in crops]
+                continue
+            own = compute(crops[ranks.rank]) if ranks.rank < len(crops) else None
+            yield from ranks.collect(own, x, joins)
+
+    if x.is_meta:
+        whole = tiles.join(collected())
+        start, stop = sharding.span(whole.shape[ranks.axis])
+        return whole.narrow(ranks.axis, start, stop - start)
+    if ranks.rank == joins:
+        return ranks.scatter(tiles.join(collected()), x, joins)
+    for _ in collected():
+        pass
+    return ranks.scatter(None, x, joins)
 
 
 def _run_part(

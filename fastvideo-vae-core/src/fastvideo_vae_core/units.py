@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.sharding import Sharding
 from fastvideo_vae_core.tiling import Part, Step, next_norm, regions
-
-Item = TypeVar("Item")
 
 # Called with the units that are done and how many there are.
 Progress = Callable[[int, int], object]
@@ -37,12 +34,6 @@ class Units:
         """One more unit is done."""
         self._done += 1
         self._tell()
-
-    def each(self, made: Iterable[Item]) -> Iterator[Item]:
-        """The same items, each of which is a unit."""
-        for item in made:
-            self.done()
-            yield item
 
     def _tell(self) -> None:
         if self._progress is not None:

@@ -29,7 +29,7 @@ from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.rehearsal import device_of, rehearsing
-from fastvideo_vae_core.sharding import Sharding, run_sharded
+from fastvideo_vae_core.sharding import Sharding, run_blended, run_sharded
 from fastvideo_vae_core.strips import Strip
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
 from fastvideo_vae_core.units import Progress, Units, count_parts
@@ -438,9 +438,30 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         return run_steps(steps, x, plan.tile, plan.places, plan.host_shares, units.done)
 
     def _run_tiles(self, plan: Plan, tiles: BlendedTiles, x: Tensor, units: Units) -> Tensor:
-        """The network on each of the tiles that are blended then."""
+        """The network on each of the tiles that are blended then, on this device or in turns with others."""
+
+        def compute(crop: Sequence[slice]) -> Tensor:
+            made = self._at_once(plan, x[tuple(crop)], Units())
+            units.done()
+            return made
+
+        if plan.sharding is not None:
+            units.begin(len(tiles.crops[plan.sharding.rank :: plan.sharding.world]))
+            return run_blended(tiles, compute, x, plan.sharding)
         units.begin(len(tiles.crops))
-        return tiles.join(units.each(self._at_once(plan, x[crop], Units()) for crop in tiles.crops))
+        return tiles.join(map(compute, tiles.crops))
+
+    def _check_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> None:
+        """Refuse tiles that the network would refuse alone: what is left over for the last one may be too small."""
+        sizes = {
+            (*shape[:2], *(len(range(*part.indices(size))) for part, size in zip(crop[2:], shape[2:], strict=True)))
+            for crop in self._blended_tiles(direction, shape, blend).crops
+        }
+        for each in sorted(sizes):
+            try:
+                self._plan(direction, each)
+            except ShapeError as error:
+                raise ShapeError(f"a tile of the blend ({blend}) does not work: {error}") from None
 
     def _blended_tiles(self, direction: Direction, shape: Sequence[int], blend: Blend) -> BlendedTiles:
         """How an input of that shape is cut and put together.
@@ -517,18 +538,18 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             return self._plan(direction, tuple(shape), memory_budget, **options)
         plan = self._plan(direction, tuple(shape), **options)
         if blend is not None:
-            if mesh is not None:
-                raise ConfigError("blended tiles are computed on one device; leave out the mesh, or the blend")
             if memory_budget is not None or plan.tile is not None:
                 raise ConfigError(f"a blend ({blend}) brings its own tiles; leave out tiling and budgets")
-            self._blended_tiles(direction, shape, blend)
-            return replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole"))
+            self._check_tiles(direction, shape, blend)
+            plan = replace(plan, mode="blended", blend=blend, notes=(*plan.notes, "not the numbers of the whole"))
+            if mesh is None:
+                return plan
         latents = plan.output_shape if direction == "encode" else plan.input_shape
         sharding = Sharding.over(mesh).along(self._steps(direction), latents[2:])
         if sharding.pixels and len(shape) < 4:
             raise ConfigError("sound has no pixels; leave out pixels=True")
         plan = replace(plan, sharding=sharding)
-        if plan.chunk is not None and options.get("chunk") is None and sharding.axis:
+        if blend is None and plan.chunk is not None and options.get("chunk") is None and sharding.axis:
             # A rank has less of every frame, so it takes more frames at a time, and exchanges are fewer.
             chunk = self._chunk(direction, plan.input_shape, plan.output_shape, plan.chunk * sharding.world)
             plan = replace(plan, chunk=chunk)

@@ -34,6 +34,7 @@ def filled(arch: AutoencoderKLArchConfig) -> AutoencoderKL:
 class TestWithQuantConvolutions(ConformanceSuite):
     """As Stable Diffusion 1.x and SDXL have them."""
 
+    blends = True
     latent_grids = ((1, 1), (3, 2), (5, 7))
 
     def tiny(self) -> AutoencoderKL:
@@ -47,6 +48,7 @@ class TestWithQuantConvolutions(ConformanceSuite):
 class TestWithoutQuantConvolutions(ConformanceSuite):
     """As SD3 and FLUX.1, with a shift; and attention in the levels, which no published checkpoint has."""
 
+    blends = True
     latent_grids = ((1, 1), (3, 2), (4, 6))
 
     def tiny(self) -> AutoencoderKL:

@@ -37,6 +37,7 @@ def filled(arch: HunyuanVideoArchConfig) -> AutoencoderKLHunyuanVideo:
 class TestHunyuanVideo(ConformanceSuite):
     """As published: the attention is masked."""
 
+    blends = True
     latent_grids = ((1, 1, 1), (2, 3, 1), (3, 2, 3))
 
     def tiny(self) -> AutoencoderKLHunyuanVideo:

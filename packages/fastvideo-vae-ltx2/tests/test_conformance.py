@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from fastvideo_vae_core.blending import Blend
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.plan import Direction
@@ -63,6 +64,7 @@ TINY_AUDIO = LTX2AudioArchConfig(base_channels=4, ch_mult=(1, 2, 2), num_res_blo
 
 class VideoSuite(ConformanceSuite):
     stream_axis = 2
+    blends = True
     arch: ClassVar[LTX2VideoArchConfig]
 
     def tiny(self) -> AutoencoderKLLTX2Video:
@@ -85,6 +87,11 @@ class TestVideo20(VideoSuite):
 
     arch = TINY20
     latent_grids = ((1, 2, 2), (2, 3, 2), (3, 2, 3))
+
+    def test_tiles_of_a_blend_need_two_latents_a_side_too(self, vae: VAE) -> None:
+        blend = Blend(name="leaves one over", pixels=2 * vae.sample_axes[1].up, pixels_stride=vae.sample_axes[1].up)
+        with pytest.raises(ShapeError, match=r"leaves one over.* needs 2 x 2 latents"):
+            vae.plan_decode((1, vae.channels[1], 1, 3, 2), blend=blend)
 
 
 class TestVideo23(VideoSuite):

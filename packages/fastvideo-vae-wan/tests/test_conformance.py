@@ -30,6 +30,7 @@ def filled(arch: WanArchConfig) -> AutoencoderKLWan:
 
 class WanSuite(ConformanceSuite):
     stream_axis = 2
+    blends = True
 
     @both_directions
     def test_tiles_and_slabs_of_pictures_larger_than_their_halos(self, vae64: VAE, direction: Direction) -> None:

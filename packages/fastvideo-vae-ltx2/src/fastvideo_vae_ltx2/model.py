@@ -295,7 +295,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
                 return self._run_steps(plan, self.encode_steps(chunk, plan.device), x, units)
             z, timestep = self._timestep(x)
             return self._run_steps(plan, self.decode_steps(chunk, plan.device, timestep), z, units)
-        if plan.sharding is None:
+        if not plan.in_steps:
             return super()._execute(plan, x, units)
         network = self._encode if encodes else self._decode
         channels = 2 * self.arch.latent_channels if encodes else self.channels[0]

@@ -204,7 +204,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         if plan.tile is not None:
             steps = self.encode_steps if encodes else self.decode_steps
             return self._run_steps(plan, steps(chunk, plan.device), x, units)
-        if plan.sharding is None:
+        if not plan.in_steps:
             return super()._execute(plan, x, units)
         network = self._encode if encodes else self._decode
         channels = 2 * self.arch.z_dim if encodes else self.channels[0]

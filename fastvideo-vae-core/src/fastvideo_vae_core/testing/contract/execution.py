@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fastvideo_vae_core.blending import Blend
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError, ShapeError
 from fastvideo_vae_core.grids import Place
 from fastvideo_vae_core.plan import Direction, Plan
@@ -166,6 +167,31 @@ class ExecutionContract(Hooks):
             expected = whole.narrow(2 + plan.sharding.axis, start, stop - start)
             assert made.shape == expected.shape
             assert made.numel() == 0 or distance(made, expected) <= bound, (rank, str(plan))
+
+    @both_directions
+    @pytest.mark.parametrize("destination", [None, 1])
+    def test_ranks_share_blended_tiles(self, vae64: VAE, direction: Direction, destination: int | None) -> None:
+        """More tiles than ranks, and a last round in which some have none: the bits of one device."""
+        ratio = vae64.sample_axes[-1].up
+        blend = Blend(name="small", pixels=3 * ratio, pixels_stride=2 * ratio)
+        if not self.blends:
+            x = self.example(vae64, direction, batch=1, grid=self.latent_grids[-1])
+            with pytest.raises(ConfigError, match="has no blended tiles"):
+                self.plan(vae64, direction, tuple(x.shape), blend=blend)
+            return
+        # Nine tiles, of which the last are narrower.
+        x = self.example(vae64, direction, batch=2, grid=(*self.latent_grids[-1][:-2], 6, 6))
+        plan = self.plan(vae64, direction, tuple(x.shape), blend=blend)
+        whole, size = self.run(vae64, direction, x, plan), plan.output_shape[-1]
+
+        def call(group: object) -> Tensor:
+            sharding = Sharding(group=group, axis=x.ndim - 3, destination=destination, timeout=20)
+            shared = self.plan(vae64, direction, tuple(x.shape), blend=blend, mesh=sharding)
+            return self.run(vae64, direction, x, shared)
+
+        for rank, made in enumerate(on_ranks(4, call)):
+            start, stop = (0, size) if rank == destination else (size * rank // 4, size * (rank + 1) // 4)
+            assert torch.equal(made, whole[..., start:stop])
 
     @both_directions
     def test_every_grid_can_be_tiled(self, vae64: VAE, direction: Direction) -> None:

@@ -28,6 +28,7 @@ class Hooks(ABC):
         latent_grids: sizes of latents behind (B, C) to try: the smallest, odd ones, unequal ones. The last is tiled.
         stream_axis: along which the pieces of a stream are put together: 0 for images, 2 for video and audio.
         shares_streams: several devices can compute a stream together.
+        blends: there are blended tiles, of pictures.
         fp32_bound, fp64_bound: largest absolute difference between two ways of computing one answer; outputs of
             `tiny()` should be near unit size, for which `testing.golden.fill` cares.
         bf16_bound: largest relative error of bfloat16 against float32: 8 bits of mantissa through a deep network.
@@ -36,6 +37,7 @@ class Hooks(ABC):
     latent_grids: ClassVar[tuple[tuple[int, ...], ...]]
     stream_axis: ClassVar[int] = 0
     shares_streams: ClassVar[bool] = True
+    blends: ClassVar[bool] = False
     fp32_bound: ClassVar[float] = 1e-5
     fp64_bound: ClassVar[float] = 1e-12
     bf16_bound: ClassVar[float] = 0.1
