@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.plan import Direction
@@ -301,11 +300,7 @@ class CausalConv2d(nn.Module):
         self.conv = nn.Conv2d(before, after, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.pads)
-        if not taps.takes(x.device, x, self.conv):
-            return self.conv(x)
-        assert self.conv.bias is not None
-        return taps.convolved(x, self.conv.weight) + self.conv.bias.view(-1, 1, 1)
+        return self.conv(F.pad(x, self.pads))
 
 
 class Downsample(nn.Module):
