@@ -271,13 +271,9 @@ class Generator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [conv1d(arrange(x), self.conv_in)]
-        for stage, upsampler in enumerate(self.upsamplers):
-            x = self.act(parts)[1]
-            del parts
-            parts = self._branched(stage, upsample1d(x, upsampler))
-        x = self.act_out(parts)[1]
-        del parts
-        return self.final(conv1d(x, self.conv_out).value()).contiguous()
+        for stage in range(len(self.upsamplers)):
+            parts = self._branched(stage, _only(self.act, parts))
+        return self.final(conv1d(_only(self.act_out, parts), self.conv_out).value()).contiguous()
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         """The frames [a, b] that the samples [first, last] are made from."""
@@ -287,14 +283,15 @@ class Generator(nn.Module):
             first, last = needs(self.upsamplers[stage], min(a for a, _ in ranges), max(b for _, b in ranges))
         return needs(self.conv_in, first, last)
 
-    def _branched(self, stage: int, x: Sum) -> list[Sum]:
+    def _branched(self, stage: int, x: Tensor) -> list[Sum]:
         """What the branches of a stage make, whose mean is left to whoever takes it."""
         first, *others = self._branches(stage)
-        total, y = first.begun(x)
-        del x
-        parts = [first(total, y)]
+        x, y = first.begun(upsample1d(x, self.upsamplers[stage]))
+        parts = [first(x, y)]
         for branch in others:
-            parts.append(branch(total, y if self.shares else branch.begun(Sum(total))[1]))
+            if not self.shares:
+                _, y = branch.begun(Sum(x))
+            parts.append(branch(x, y))
         return parts
 
     def _branches(self, stage: int) -> list[ResidualBlock]:
@@ -322,13 +319,19 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Sum:
         """Of x (B, N, S), and y, which `begun` made of it; the last sum is left to whoever takes it."""
         following = itertools.chain(itertools.islice(zip(self.acts1, self.convs1, strict=True), 1, None), [None])
+        # What nobody needs any more is dropped at once: the next one takes its memory.
+        held, parts = [y], []
+        del y
         for conv1, conv2, act2, then in zip(self.convs1, self.convs2, self.acts2, following, strict=True):
             samples = x.shape[2]
-            y = act2([dilated1d(y, conv1, samples)], conv2)[1]
-            made = dilated1d(y, conv2, samples)._replace(branch=x)
+            held[0] = act2([dilated1d(held[0], conv1, samples)], conv2)[1]
+            parts = [dilated1d(held.pop(), conv2, samples)._replace(branch=x)]
             if then is not None:
-                x, y = _kept(*then[0]([made], then[1], keep=True))
-        return made
+                x, activated = _kept(*then[0](parts, then[1], keep=True))
+                held.append(activated)
+                del activated
+                parts.clear()
+        return parts[0]
 
     def begun(self, x: Sum) -> tuple[Tensor, Tensor]:
         """The sum, and the first activation of it."""
@@ -443,6 +446,13 @@ class FourierBasis(nn.Module):
 def _room(parts: Sequence[Sum], conv: nn.Conv1d | None) -> int:
     """How long the input of that convolution may be."""
     return 0 if conv is None else room(parts[0].x, conv)
+
+
+def _only(act: Activation, parts: list[Sum]) -> Tensor:
+    """The activation of the mean of sums, which are dropped."""
+    y = act(parts)[1]
+    parts.clear()
+    return y
 
 
 def _kept(total: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
