@@ -50,8 +50,10 @@ with torch.no_grad():
     z, x = (make_input("kernels", shape, kind) for shape, kind in (((2, 2, 4, 16), "latent"), ((2, 2, 13, 64), "mel")))
     sample, parameters = vae._decode(z), vae._encode(x)
     audio._fuses = lambda x, weight: True
-    errors["audio decode"] = relative_error(vae._decode(z), sample)
-    errors["audio encode"] = relative_error(vae._encode(x), parameters)
+    for plain in (False, True):
+        audio._plain = lambda x: plain
+        errors[f"audio decode {plain}"] = relative_error(vae._decode(z), sample)
+        errors[f"audio encode {plain}"] = relative_error(vae._encode(x), parameters)
     # In both layouts. A spectrogram of three frames leaves samples that no dilation divides.
     gpu = {"act_fn": "leaky_relu", "antialias": False}, {"act_fn": "snakebeta", "antialias": True}
     for generator, last in itertools.product(gpu, (False, True)):
@@ -71,6 +73,6 @@ print(json.dumps(errors))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_the_networks_with_their_kernels() -> None:
     errors = interpreted(_SCRIPT)
-    assert len(errors) == 14
+    assert len(errors) == 16
     # float32 in another order of operations, through some ten layers.
     assert max(errors.values()) < 5e-6, errors
