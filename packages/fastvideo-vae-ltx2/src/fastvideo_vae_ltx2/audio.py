@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.plan import Direction
+from fastvideo_vae_core.rehearsal import device_of
 from fastvideo_vae_core.tiling import Axis, Step, slide
 from fastvideo_vae_core.vae import ParallelTiledVAE
 from fastvideo_vae_ltx2.config import LTX2AudioArchConfig
@@ -301,11 +301,7 @@ class CausalConv2d(nn.Module):
         self.conv = nn.Conv2d(before, after, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.pads)
-        if not taps.takes(x.device, x, self.conv):
-            return self.conv(x)
-        assert self.conv.bias is not None
-        return taps.convolved(x, self.conv.weight) + self.conv.bias.view(-1, 1, 1)
+        return self.conv(F.pad(x, self.pads))
 
 
 class Downsample(nn.Module):
@@ -332,11 +328,15 @@ class Upsample(nn.Module):
 
 
 def norm_silu_conv(x: Tensor, conv: CausalConv2d) -> Tensor:
-    """conv(norm_silu(x)). In 16 bits on a GPU the activation is written straight into the padded input of the
-    convolution: a network this small is little more than the cost of launching its kernels."""
+    """conv(norm_silu(x)). On a GPU the activation is written straight into the padded input of the convolution: a
+    network this small is little more than the cost of launching its kernels."""
     if not _fuses(x, conv.conv.weight):
         return conv(norm_silu(x))
     # Imported here because Triton takes a second to import and only GPUs need it.
+    if _plain(x):
+        from fastvideo_vae_core.ops.kernels.pixel_norm import norm_silu_padded
+
+        return conv.conv(norm_silu_padded(x, conv.pads, EPS))
     from fastvideo_vae_core.ops.kernels.rms_norm import norm_silu_into
 
     bins, _, before, _ = conv.pads
@@ -359,9 +359,14 @@ def _blocks(before: int, after: int, count: int) -> Iterator[ResidualBlock]:
 
 
 def _fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes this: channels-last, as 16 bits on a GPU are, and nothing to differentiate."""
+    """Whether the kernels take this: on a GPU, at most float32, and nothing to differentiate."""
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return x.is_cuda and _HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16) and not differentiates
+    return device_of(x).type == "cuda" and _HAS_TRITON and x.dtype != torch.float64 and not differentiates
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether convolutions on a GPU lie in the plain layout; 16 bits are channels-last there."""
+    return x.dtype == torch.float32
 
 
 def _arch(config: VAEConfig) -> LTX2AudioArchConfig:

@@ -6,6 +6,7 @@ Source: Lightricks/LTX-2 `ltx_core/model/audio_vae/vocoder.py`, after HiFi-GAN a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,10 +19,9 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
-from fastvideo_vae_core.ops import taps
-from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, needs, upsample1d
+from fastvideo_vae_core.ops import between
+from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, needs, room, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
-from fastvideo_vae_core.ops.snake import snake
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
 from fastvideo_vae_core.units import Progress
@@ -265,14 +265,15 @@ class Generator(nn.Module):
         self.conv_out = nn.Conv1d(width, config.out_channels, 7, padding=3, bias=config.final_bias)
         self.act = Activation() if snakes else LeakyReLU(config.slope)
         self.branches = len(config.resnet_kernel_sizes)
+        # LeakyReLU has no parameters, so all branches of a stage begin with the same one.
+        self.shares = not snakes and len({dilations[:1] for dilations in config.resnet_dilations}) == 1
         self.final = _FINAL[final]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = conv1d(arrange(x), self.conv_in).value()
-        for stage, upsampler in enumerate(self.upsamplers):
-            x = upsample1d(self.act(x), upsampler).value()
-            x = _mean([branch(x) for branch in self._branches(stage)])
-        return self.final(conv1d(self.act_out(x), self.conv_out).value()).contiguous()
+        parts = [conv1d(arrange(x), self.conv_in)]
+        for stage in range(len(self.upsamplers)):
+            parts = self._branched(stage, _only(self.act, parts))
+        return self.final(conv1d(_only(self.act_out, parts), self.conv_out).value()).contiguous()
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         """The frames [a, b] that the samples [first, last] are made from."""
@@ -281,6 +282,17 @@ class Generator(nn.Module):
             ranges = [branch.needs(first, last) for branch in self._branches(stage)]
             first, last = needs(self.upsamplers[stage], min(a for a, _ in ranges), max(b for _, b in ranges))
         return needs(self.conv_in, first, last)
+
+    def _branched(self, stage: int, x: Tensor) -> list[Sum]:
+        """What the branches of a stage make, whose mean is left to whoever takes it."""
+        first, *others = self._branches(stage)
+        x, y = first.begun(upsample1d(x, self.upsamplers[stage]))
+        parts = [first(x, y)]
+        for branch in others:
+            if not self.shares:
+                _, y = branch.begun(Sum(x))
+            parts.append(branch(x, y))
+        return parts
 
     def _branches(self, stage: int) -> list[ResidualBlock]:
         return list(self.resnets)[stage * self.branches : (stage + 1) * self.branches]
@@ -304,11 +316,26 @@ class ResidualBlock(nn.Module):
         self.acts1 = Modules[Activation](activation() for _ in dilations)
         self.acts2 = Modules[Activation](activation() for _ in dilations)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for conv1, conv2, act1, act2 in zip(self.convs1, self.convs2, self.acts1, self.acts2, strict=True):
-            h = act2(_convolved(act1(x), conv1).value())
-            x = _convolved(h, conv2)._replace(branch=x).value()
-        return x
+    def forward(self, x: Tensor, y: Tensor) -> Sum:
+        """Of x (B, N, S), and y, which `begun` made of it; the last sum is left to whoever takes it."""
+        following = itertools.chain(itertools.islice(zip(self.acts1, self.convs1, strict=True), 1, None), [None])
+        # What nobody needs any more is dropped at once: the next one takes its memory.
+        held, parts = [y], []
+        del y
+        for conv1, conv2, act2, then in zip(self.convs1, self.convs2, self.acts2, following, strict=True):
+            samples = x.shape[2]
+            held[0] = act2([dilated1d(held[0], conv1, samples)], conv2)[1]
+            parts = [dilated1d(held.pop(), conv2, samples)._replace(branch=x)]
+            if then is not None:
+                x, activated = _kept(*then[0](parts, then[1], keep=True))
+                held.append(activated)
+                del activated
+                parts.clear()
+        return parts[0]
+
+    def begun(self, x: Sum) -> tuple[Tensor, Tensor]:
+        """The sum, and the first activation of it."""
+        return _kept(*next(iter(self.acts1))([x], next(iter(self.convs1)), keep=True))
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         """The inputs [a, b] that the outputs [first, last] are made from."""
@@ -319,10 +346,13 @@ class ResidualBlock(nn.Module):
 
 
 class Activation(nn.Module):
-    """An activation of (B, N, S); this one changes nothing."""
+    """An activation of the mean of sums (B, N, S), with room for the convolution behind it, and behind the mean itself
+    if that is to be kept; this one is the mean."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    def forward(
+        self, parts: Sequence[Sum], conv: nn.Conv1d | None = None, keep: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        return between.leaky(parts, 1.0, _room(parts, conv), keep)
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         """The inputs [a, b] that the outputs [first, last] are made from."""
@@ -336,8 +366,10 @@ class LeakyReLU(Activation):
         super().__init__()
         self.slope = slope
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, self.slope)
+    def forward(
+        self, parts: Sequence[Sum], conv: nn.Conv1d | None = None, keep: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        return between.leaky(parts, self.slope, _room(parts, conv), keep)
 
 
 class Snake(Activation):
@@ -349,24 +381,16 @@ class Snake(Activation):
         self.upsample = Filter()
         self.downsample = Filter()
 
-    def forward(self, x_BNS: Tensor) -> Tensor:
-        # Every channel is filtered alike.
-        flat = x_BNS.flatten(0, 1).unsqueeze(1)
-        doubled = self._doubled(flat, self.upsample.filter).view(*x_BNS.shape[:2], -1)
-        curved = snake(doubled, self.act.alpha[None, :, None], self.act.beta[None, :, None])
-        padded = F.pad(curved.flatten(0, 1).unsqueeze(1), (_TAPS // 2 - 1, _TAPS // 2), mode="replicate")
-        return F.conv1d(padded, self.downsample.filter.to(x_BNS.dtype), stride=2).view(x_BNS.shape)
+    def forward(
+        self, parts: Sequence[Sum], conv: nn.Conv1d | None = None, keep: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        x = parts[0] if len(parts) == 1 else Sum(between.leaky(parts, 1.0)[1])
+        filters = self.upsample.filter, self.downsample.filter
+        return between.antialiased_snake(x, self.act.alpha, self.act.beta, *filters, _room(parts, conv), keep)
 
     def needs(self, first: int, last: int) -> tuple[int, int]:
         # Half the taps at twice the rate, and again on the way there.
-        return first - _TAPS // 2, last + _TAPS // 2
-
-    def _doubled(self, x: Tensor, taps: Tensor) -> Tensor:
-        """The transposed convolution with stride 2 as two convolutions, one for the samples of each parity."""
-        even, odd = taps.flip(-1)[..., ::2], taps.flip(-1)[..., 1::2]
-        both = 2 * torch.cat([F.pad(even, (0, 1)), F.pad(odd, (1, 0))]).to(x.dtype)
-        half = _TAPS // 4
-        return F.conv1d(F.pad(x, (half, half), mode="replicate"), both).transpose(1, 2).flatten(1)
+        return first - between.TAPS // 2, last + between.TAPS // 2
 
 
 class SnakeParameters(nn.Module):
@@ -385,7 +409,7 @@ class Filter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("filter", torch.zeros(1, 1, _TAPS))
+        self.register_buffer("filter", torch.zeros(1, 1, between.TAPS))
 
 
 class MelSTFT(nn.Module):
@@ -419,19 +443,21 @@ class FourierBasis(nn.Module):
         self.register_buffer("forward_basis", torch.zeros(window + 2, 1, window))
 
 
-def _convolved(x: Tensor, conv: nn.Conv1d) -> Sum:
-    if not taps.takes(x.device, x, conv):
-        return dilated1d(x, conv)
-    padding = conv.padding[0]
-    assert isinstance(padding, int)
-    return Sum(taps.convolved(F.pad(x, (padding, padding)), conv.weight, conv.dilation), bias=conv.bias)
+def _room(parts: Sequence[Sum], conv: nn.Conv1d | None) -> int:
+    """How long the input of that convolution may be."""
+    return 0 if conv is None else room(parts[0].x, conv)
 
 
-def _mean(parts: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors (B, N, S) in their layout, rounded once."""
-    if parts[0].stride(1) == 1:
-        return torch.stack([part.mT for part in parts]).mean(0).mT
-    return torch.stack(list(parts)).mean(0)
+def _only(act: Activation, parts: list[Sum]) -> Tensor:
+    """The activation of the mean of sums, which are dropped."""
+    y = act(parts)[1]
+    parts.clear()
+    return y
+
+
+def _kept(total: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+    assert total is not None
+    return total, y
 
 
 def resampled(x_BCS: Tensor, ratio: int) -> Tensor:
@@ -467,8 +493,7 @@ _FINAL: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
 }
 
-# Taps of the filters against aliasing; zero crossings and bandwidth of the sinc.
-_TAPS = 12
+# Zero crossings and bandwidth of the sinc.
 _ZEROS = 6
 _ROLLOFF = 0.99
 
