@@ -27,6 +27,7 @@ from fastvideo_vae_core.grids import (
     Place,
     Region,
     Slabs,
+    dense,
     layout_of,
     passed_by,
     prepare,
@@ -326,6 +327,9 @@ def _run_step(
         with standing_for(times):
             # A rehearsal does not compute every tile, but keeps it.
             piece = make() if make is not None and times else like(region)
+            if place == "slabs" or following is not None:
+                # Once, where statistics and the slab would each copy it.
+                piece = dense(piece)
             # It holds what it is made from.
             del make
             done()
