@@ -192,6 +192,11 @@ class Rehearsal(TorchDispatchMode):
         self._on_gpu = device.type == "cuda"
         self._known = {each.untyped_storage()._cdata for each in weights}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep its compiler out, PyTorch would go through it for every operation, a third of a rehearsal's time."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -138,7 +138,7 @@ class Reading(NamedTuple):
             return None
         assert self.moments is not None
         scale, offset = affine_of(self.norm, self.moments)
-        if self.bias is not None:
+        if self.bias is not None and not offset.is_meta:
             offset = offset + scale * self.bias.double()
         return scale.float(), offset.float()
 
