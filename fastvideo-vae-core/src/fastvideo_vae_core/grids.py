@@ -141,7 +141,7 @@ class Courier:
             if slab_.on_host:
                 self._upload(into, source)
             else:
-                _move(into, source)
+                move(into, source)
         comes = self._asynchronous and any(slab_.on_host for slab_ in needed)
         event = self._ways()[0].record_event() if comes else None
 
@@ -180,7 +180,7 @@ class Courier:
                 if slab.on_host:
                     leaving.append(self._download(into, source))
                 else:
-                    _move(into, source)
+                    move(into, source)
         if leaving and self.ahead:
             event = self._ways()[1].record_event() if self._asynchronous else None
             self._leaving.append((event, leaving))
@@ -350,8 +350,15 @@ def dense(x: Tensor) -> Tensor:
     if _in_memory(x).is_contiguous():
         return x
     made = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
-    _move(made, x)
+    move(made, x)
     return made
+
+
+def move(into: Tensor, source: Tensor) -> None:
+    """Copy a part of a grid on the device; the same as `into.copy_(source)`."""
+    if _order(into) == _order(source):
+        into, source = _in_memory(into), _in_memory(source)
+    copy_rows(into, source)
 
 
 def _order(x: Tensor) -> tuple[int, ...]:
@@ -393,13 +400,6 @@ def _copy(into: Tensor, source: Tensor) -> None:
     """Copy without waiting, and without the temporary copy that PyTorch makes of what has gaps in memory."""
     for one, other in _runs(_in_memory(into), _in_memory(source)):
         one.copy_(other, non_blocking=True)
-
-
-def _move(into: Tensor, source: Tensor) -> None:
-    """Copy on the device."""
-    if _order(into) == _order(source):
-        into, source = _in_memory(into), _in_memory(source)
-    copy_rows(into, source)
 
 
 def _in_memory(x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ class Rehearsal(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: to keep its compiler out, PyTorch would go through it for every operation, a third of a rehearsal's time."""
+        """No: to keep its compiler out, PyTorch would go through it for every operation, in a third of all time."""
         return False
 
     def __torch_dispatch__(

@@ -29,6 +29,7 @@ from fastvideo_vae_core.grids import (
     Slabs,
     dense,
     layout_of,
+    move,
     passed_by,
     prepare,
     reachable,
@@ -350,7 +351,7 @@ def _run_step(
                         device=piece.device,
                         memory_format=layout_of(piece),
                     )
-                made[(slice(None), slice(None), *(slice(*span) for span in local))] = piece
+                move(made[(slice(None), slice(None), *(slice(*span) for span in local))], piece)
             elif place == "slabs":
                 courier.store(piece, slabs, local, local[axis], host_share)
             del piece
