@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvideo_vae_core.errors import ConfigError
-from fastvideo_vae_core.memory import format_bytes, parse_bytes, predicted_peak
+from fastvideo_vae_core.memory import format_bytes, matrix_workspace, parse_bytes, predicted_peak
 from fastvideo_vae_core.testing.toys import ToyImage, toy
 
 X = (1, 4, 16, 16)
@@ -78,6 +78,30 @@ def test_a_plan_counts_the_weights_of_its_half_and_of_a_copy_in_another_type() -
     upcast = vae.half().plan_decode(small)
     assert upcast.dtype == torch.float32
     assert upcast.peak_bytes >= 2 * weights + 4 * weights + activations
+
+
+@pytest.mark.parametrize(
+    ("config", "capability", "size"),
+    [
+        (None, (9, 0), 32 << 20),
+        (None, (8, 0), 8_519_680),
+        (":4096:8", (8, 0), 32 << 20),
+        (":4096:2:16:8", (9, 0), 8_519_680),
+        ("", (9, 0), 32 << 20),
+    ],
+)
+def test_the_workspace_of_matrix_products(
+    config: str | None, capability: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    # Newer versions say it themselves.
+    monkeypatch.delattr(torch.backends.cuda, "cublas_workspace_size", raising=False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if config is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
+    assert matrix_workspace(torch.device("cuda")) == size
+    assert matrix_workspace(torch.device("cpu")) == 0
 
 
 def test_small_tiles_need_less_than_the_whole() -> None:

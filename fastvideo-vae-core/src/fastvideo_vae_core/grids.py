@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvideo_vae_core.memory import elsewhere, rehearsal
 from fastvideo_vae_core.ops.norm import Moments
+from fastvideo_vae_core.ops.words import copy_rows
 
 if TYPE_CHECKING:
     from fastvideo_vae_core.tiling import Step
@@ -140,7 +141,7 @@ class Courier:
             if slab_.on_host:
                 self._upload(into, source)
             else:
-                into.copy_(source)
+                move(into, source)
         comes = self._asynchronous and any(slab_.on_host for slab_ in needed)
         event = self._ways()[0].record_event() if comes else None
 
@@ -155,6 +156,16 @@ class Courier:
         """Keep a tile of a grid, in the slab `span` of its axis: a share of it on the host, the rest on the device."""
         start, stop = span
         edge = stop - math.ceil((stop - start) * host_share)
+        if edge == stop and piece.shape[2:] == (
+            *grid.sizes[: grid.axis - 2],
+            stop - start,
+            *grid.sizes[grid.axis - 1 :],
+        ):
+            # A tile of whole rows is the slab, unless it is a part of something larger.
+            piece = dense(piece)
+            if piece.untyped_storage().nbytes() == piece.nbytes:
+                grid.slabs.append(Slab(span, piece, False))
+                return
         if not any(slab.span[0] == start for slab in grid.slabs):
             for part, on_host in (((start, edge), False), ((edge, stop), True)):
                 if part[0] < part[1]:
@@ -169,7 +180,7 @@ class Courier:
                 if slab.on_host:
                     leaving.append(self._download(into, source))
                 else:
-                    into.copy_(source)
+                    move(into, source)
         if leaving and self.ahead:
             event = self._ways()[1].record_event() if self._asynchronous else None
             self._leaving.append((event, leaving))
@@ -310,7 +321,9 @@ def prepare(making: Making, courier: Courier) -> Callable[[], Tensor]:
             del crops
             if grid is None:
                 return made
-            here[grid] = made
+            # Several may read it, and kernels would copy it for each.
+            here[grid] = dense(made)
+            del made
 
     return make
 
@@ -330,6 +343,22 @@ def layout_of(x: Tensor) -> torch.memory_format:
     order = _order(x)
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     return last if last is not None and order == (0, *range(2, x.ndim), 1) else torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """The same without gaps in memory, such as a tile has that was cut out of what its borders spoiled."""
+    if _in_memory(x).is_contiguous():
+        return x
+    made = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+    move(made, x)
+    return made
+
+
+def move(into: Tensor, source: Tensor) -> None:
+    """Copy a part of a grid on the device; the same as `into.copy_(source)`."""
+    if _order(into) == _order(source):
+        into, source = _in_memory(into), _in_memory(source)
+    copy_rows(into, source)
 
 
 def _order(x: Tensor) -> tuple[int, ...]:

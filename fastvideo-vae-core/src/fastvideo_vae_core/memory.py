@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -70,6 +72,26 @@ class Forecast:
     def __add__(self, size: int) -> Forecast:
         """The same beside something else that is there all the time."""
         return replace(self, peak=self.peak + size)
+
+
+def matrix_workspace(device: torch.device) -> int:
+    """Bytes that cuBLAS is given of a GPU's memory as long as the process lives, from its first matrix product on.
+
+    PyTorch takes them from its own allocator, for each thread and stream that multiplies matrices
+    (`getChosenWorkspaceSize` in `aten/src/ATen/cuda/CublasHandlePool.cpp`). Here one thread does, on one stream.
+    Where there is no GPU to ask it is that of a Hopper; Blackwells get as much from newer versions of PyTorch only.
+    """
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_available():
+        if (chosen := getattr(torch.backends.cuda, "cublas_workspace_size", None)) is not None:
+            return int(chosen())
+        recent = torch.cuda.get_device_capability(device) >= (9, 0)
+    else:
+        recent = True
+    if parts := re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")):
+        return sum(int(size) * int(count) for size, count in parts) << 10
+    return 32 << 20 if recent else (2 * 4096 + 8 * 16) << 10
 
 
 def forecast(
@@ -170,6 +192,11 @@ class Rehearsal(TorchDispatchMode):
         self._on_gpu = device.type == "cuda"
         self._known = {each.untyped_storage()._cdata for each in weights}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep its compiler out, PyTorch would go through it for every operation, in a third of all time."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -218,8 +245,12 @@ class Rehearsal(TorchDispatchMode):
 
 
 def _is_channels_last(x: Tensor, layout: torch.memory_format) -> bool:
-    """Whether a convolution takes it for channels-last: not where both layouts are one."""
-    return x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+    """Whether a convolution takes it for channels-last, by its strides: a part of a grid, with gaps, is so too, and is
+    copied; what has both layouts because an axis has one element may be either."""
+    channels = x.shape[1]
+    if channels == 1:
+        return x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+    return x.stride(1) == 1 and all(x.stride(axis) >= channels for axis in range(2, x.ndim))
 
 
 def _convolving(made: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:

@@ -66,7 +66,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak of the device's memory: weights of the half, input, result and everything between. Of several
+        """Predicted peak of what PyTorch's allocator gives out for the call: weights of the half, input, result and
+        everything between, and on a GPU the workspace of matrix products, which stays for later calls. Of several
         devices it is one in the middle, which also gets the whole result if any does."""
         return self.forecast.peak
 

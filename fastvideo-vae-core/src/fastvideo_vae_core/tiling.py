@@ -27,7 +27,9 @@ from fastvideo_vae_core.grids import (
     Place,
     Region,
     Slabs,
+    dense,
     layout_of,
+    move,
     passed_by,
     prepare,
     reachable,
@@ -326,6 +328,9 @@ def _run_step(
         with standing_for(times):
             # A rehearsal does not compute every tile, but keeps it.
             piece = make() if make is not None and times else like(region)
+            if place == "slabs" or following is not None:
+                # Once, where statistics and the slab would each copy it.
+                piece = dense(piece)
             # It holds what it is made from.
             del make
             done()
@@ -346,7 +351,7 @@ def _run_step(
                         device=piece.device,
                         memory_format=layout_of(piece),
                     )
-                made[(slice(None), slice(None), *(slice(*span) for span in local))] = piece
+                move(made[(slice(None), slice(None), *(slice(*span) for span in local))], piece)
             elif place == "slabs":
                 courier.store(piece, slabs, local, local[axis], host_share)
             del piece

@@ -24,7 +24,7 @@ from fastvideo_vae_core.checkpoint import fingerprint
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.latents import Provenance
-from fastvideo_vae_core.memory import Forecast, excerpt, forecast, parse_bytes, standing_for
+from fastvideo_vae_core.memory import Forecast, excerpt, forecast, matrix_workspace, parse_bytes, standing_for
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
@@ -672,7 +672,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         made = forecast(
             lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype, plan.device, shadow.parameters()
         )
-        return made + weights
+        return made + weights + matrix_workspace(plan.device)
 
     def _shadow(self, direction: Direction) -> Self:
         """One half of this model without its weights, on the meta device."""

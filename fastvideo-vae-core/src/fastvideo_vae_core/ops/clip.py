@@ -15,7 +15,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
 from fastvideo_vae_core.ops.norm import Moments, affine_of, group_norm_act
+from fastvideo_vae_core.ops.words import copy_rows
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,14 @@ class Run:
         device: where it runs; that of the tensors, but for a rehearsal on the meta device.
         numbers: the most numbers of an item that a convolution reads or makes at a time; None: no bound.
         passed: called behind each convolution.
+        folded: the convolution of repeated positions that ran last, for the tiles of a step, which it runs for one by
+            one.
     """
 
     device: torch.device
     numbers: int | None = None
     passed: Callable[[], object] = lambda: None
+    folded: list[_FoldedConv] = field(default_factory=list, repr=False, compare=False)
 
     def fuses(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernels of this device are to be used, rather than the definitions."""
@@ -72,7 +76,12 @@ class Clip:
         if self.bias is not None:
             # Pieces with a pending bias are new and belong to nobody else.
             pieces = [piece.add_(self.bias.view(-1, 1, 1, 1)) for piece in pieces]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+        if len(pieces) == 1:
+            return pieces[0]
+        if all(rows_of(piece).is_contiguous() for piece in pieces):
+            # One behind the other in memory, which needs no index of each number.
+            return torch.cat([rows_of(piece) for piece in pieces], 1).movedim(-1, 1)
+        return torch.cat(pieces, 2)
 
     def moments(self, norm: nn.GroupNorm, run: Run) -> Moments | None:
         """Statistics of the whole clip for a norm. None where the whole will be normalised in one go, which takes them
@@ -129,7 +138,7 @@ class Reading(NamedTuple):
             return None
         assert self.moments is not None
         scale, offset = affine_of(self.norm, self.moments)
-        if self.bias is not None:
+        if self.bias is not None and not offset.is_meta:
             offset = offset + scale * self.bias.double()
         return scale.float(), offset.float()
 
@@ -233,7 +242,7 @@ def upsampled(x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int]
         yield from convolved(x, conv, run, Reading(repeats=repeats))
         return
     surplus = repeats[0] - 1
-    for piece in convolved(x, _FoldedConv(conv, repeats), run):
+    for piece in convolved(x, _folded_conv(conv, repeats, run), run):
         yield piece[:, :, surplus:]
         surplus = 0
 
@@ -271,12 +280,22 @@ class _FoldedConv:
         grown = made.new_empty(len(data), *sizes, self.conv.out_channels)
         for t, y, x in itertools.product(*map(range, self.repeats)):
             # The second of a pair begins one position later.
-            grown[:, t::time, y::vertical, x::horizontal] = sides[:, :, y : y + height, x : x + width, t, y, x]
+            side = sides[:, :, y : y + height, x : x + width, t, y, x]
+            copy_rows(grown[:, t::time, y::vertical, x::horizontal], side)
         return grown.movedim(-1, 1)
 
     def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
         """How many frames of x it takes at a time."""
         return self._plain.frames(x, self.repeats, run)
+
+
+def _folded_conv(conv: CausalConv, repeats: tuple[int, int, int], run: Run) -> _FoldedConv:
+    """The one that ran last, if it is that one."""
+    if not run.folded or (run.folded[0].conv, run.folded[0].repeats) != (conv.conv, repeats):
+        # The old one goes before the new one comes.
+        run.folded.clear()
+        run.folded.append(_FoldedConv(conv, repeats))
+    return run.folded[0]
 
 
 def _folded(weight: Tensor, axis: int, times: int) -> tuple[Tensor, ...]:

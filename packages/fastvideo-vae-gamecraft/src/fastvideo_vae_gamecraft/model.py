@@ -137,7 +137,8 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
             numbers = self._numbers(plan.direction, plan.input_shape, plan.chunk)
         if plan.tile is not None and plan.device.type != "cpu":
             # Tiles are there to save memory.
-            numbers = min(numbers or _TILE_BYTES, _TILE_BYTES // plan.dtype.itemsize)
+            most = (_SLAB_BYTES if plan.places else _TILE_BYTES) // plan.dtype.itemsize
+            numbers = min(numbers or most, most)
         return numbers
 
     def _chunk(
@@ -172,3 +173,5 @@ def _arch(config: VAEConfig) -> HunyuanVideoArchConfig:
 _PIECE_BYTES = 1 << 30
 # The same in a tile, where it is enough to keep a GPU busy.
 _TILE_BYTES = 1 << 27
+# The same in a slab: 32 rows of 33 frames come in one piece then, and need not be joined.
+_SLAB_BYTES = 3 << 27
