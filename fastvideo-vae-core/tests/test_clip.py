@@ -157,3 +157,18 @@ def test_kernels_equal_their_definitions() -> None:
     assert len(errors) == 3 * (4 + 10 + 6)
     # A few units in the last place of float32, in the second convolution of sums around 5.
     assert max(errors.values()) < 1e-5, errors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(7,), (1, 6), (3, 3, 1), (1,) * 7], ids=str)
+def test_in_float32_on_a_gpu_any_pieces_have_the_same_statistics(sizes: tuple[int, ...]) -> None:
+    """To the last bit: frame by frame, and not even the whole takes its own."""
+    x, norm = 3 + torch.randn(1, 8, 7, 9, 11), nn.GroupNorm(2, 8)
+    gpu = Run(torch.device("cuda"))
+    expected = Clip([*x.split(1, 2)]).moments(norm, gpu)
+    found = Clip([*x.split(list(sizes), 2)]).moments(norm, gpu)
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.spread, expected.spread)
+    assert Clip([x]).moments(norm, Run(torch.device("cpu"))) is None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvideo_vae_core.memory import predicted_peak
 from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d
-from fastvideo_vae_core.ops.clip import CausalConv, Clip, Run, convolved
+from fastvideo_vae_core.ops.clip import CausalConv, Clip, Pointwise, Run, convolved
 from fastvideo_vae_core.testing.parity import relative_error
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -47,6 +47,14 @@ def test_products_are_the_convolution(conv: Any, sizes: tuple[int, ...], innermo
     assert (y.stride(1) == 1) == innermost
 
 
+@pytest.mark.parametrize("stride", [(1, 2, 2), (2, 2, 2), (2, 1, 3)])
+def test_products_of_every_other_position_are_the_strided_convolution(stride: tuple[int, int, int]) -> None:
+    conv, x = nn.Conv3d(3, 6, 3, stride, bias=False).double(), torch.randn(2, 3, 6, 9, 8, dtype=torch.float64)
+    y = taps.strided(x, conv.weight, stride)
+    assert y.is_contiguous()
+    assert relative_error(y, conv(x)) <= 1e-15
+
+
 def test_every_position_is_the_same_among_any_others() -> None:
     """Where cuDNN would choose another algorithm for another number of frames."""
     conv, x = nn.Conv3d(5, 6, 3, bias=False).double(), torch.randn(1, 5, 9, 6, 7, dtype=torch.float64)
@@ -65,6 +73,9 @@ def test_only_wide_layers_in_float32_on_a_gpu_without_tf32() -> None:
     assert not taps.takes(GPU, x.bfloat16(), wide)
     assert not taps.takes(GPU, x, nn.Conv2d(128, 128, 1))
     assert not taps.takes(GPU, x, nn.Conv2d(128, 128, 3, stride=2))
+    for other in (narrow, nn.Conv2d(128, 128, 3, stride=2), nn.Conv2d(128, 128, 1)):
+        assert taps.takes(GPU, x, other, any_shape=True)
+        assert not taps.takes(CPU, x, other, any_shape=True)
     with torch.enable_grad():
         assert not taps.takes(GPU, x, wide)
     torch.backends.cudnn.allow_tf32 = True
@@ -86,7 +97,8 @@ def test_the_layers_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind zeros, behind a reflection, and with repeated borders, in pieces; with their biases."""
     x = torch.randn(2, 130, 5, 4, 6, dtype=torch.float64)
     layers = [CausalConv3d(130, 7), CausalConv3d(130, 7, edge="copies", ahead=1, border="reflect")]
-    clipped = CausalConv(130, 7).double()
+    clipped = [CausalConv(130, 7).double(), CausalConv(130, 7, stride=(2, 1, 2)).double()]
+    linear = Pointwise(130, 7).double()
 
     def computed() -> list[Tensor]:
         made = []
@@ -96,9 +108,10 @@ def test_the_layers_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
                 cache.last = start == 2
                 parts.append(layer.double()(x[:, :, start : start + 2 + start], cache))
             made.append(torch.cat(parts, 2))
-        return [*made, Clip(list(convolved(Clip([x]), clipped, Run(CPU, 2 * 130 * 4 * 6)))).joined()]
+        run = Run(CPU, 2 * 130 * 4 * 6)
+        return [*made, *(Clip(list(convolved(Clip([x]), each, run))).joined() for each in clipped), linear(x)]
 
     expected = computed()
-    monkeypatch.setattr(taps, "takes", lambda device, x, conv: True)
+    monkeypatch.setattr(taps, "takes", lambda device, x, conv, **_: True)
     for made, exact in zip(computed(), expected, strict=True):
         assert relative_error(made, exact) <= 1e-14

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ShapeError
 from fastvideo_vae_core.loading import load
+from fastvideo_vae_core.ops import conv1d
 from fastvideo_vae_core.testing.golden import Golden, golden_path, load_golden, make_input, make_tensor
 from fastvideo_vae_core.testing.parity import assert_close
 from fastvideo_vae_oobleck import ACE_STEP, STABLE_AUDIO_OPEN, AutoencoderOobleck, OobleckArchConfig
@@ -55,6 +56,27 @@ def assert_parity(ours: AutoencoderOobleck, reference: Reference, latents: tuple
         assert_close(mine.mode(), theirs.mode(), 1e-6, SAME)
         assert_close(mine.std, theirs.std, 1e-6, SAME)
         assert_close(ours.decode(z).sample, reference.decode(z).sample, 1e-6, SAME)
+
+
+def test_dilations_as_rows_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs do in 16 bits, on the CPU: lengths that the dilations do not divide have zeros behind them."""
+    model = AutoencoderOobleck(VAEConfig(arch_config=TINY)).double().requires_grad_(False)
+    z = torch.randn(2, 6, 5, dtype=torch.float64)
+    expected = model.decode(z).sample
+    parameters = model.encode(expected).latent_dist.parameters
+    monkeypatch.setattr(conv1d, "_channels_last", lambda x: True)
+    gaps = []
+
+    def folded(x: Tensor, conv: torch.nn.Conv1d, samples: int | None = None) -> Tensor:
+        gaps.append(x.shape[2] - (samples or 0))
+        assert x.shape[2] % conv.dilation[0] == 0
+        return plainly_folded(x, conv, samples)
+
+    plainly_folded = conv1d._folded
+    monkeypatch.setattr(conv1d, "_folded", folded)
+    assert_close(model.decode(z).sample, expected, 1e-13, "float64")
+    assert_close(model.encode(expected).latent_dist.parameters, parameters, 1e-13, "float64")
+    assert max(gaps) > 0
 
 
 @pytest.mark.parametrize(

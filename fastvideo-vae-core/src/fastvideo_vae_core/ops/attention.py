@@ -41,7 +41,8 @@ class GridAttention(nn.Module):
         asked = normed[(slice(None), slice(None), *region)].flatten(2).transpose(1, 2) if region else tokens
         q, k, v = self.to_q(asked).unsqueeze(1), self.to_k(tokens).unsqueeze(1), self.to_v(tokens).unsqueeze(1)
         mixed = mix(q, k, v).squeeze(1)
-        return self.to_out[0](mixed).transpose(1, 2).reshape(asking.shape) + asking
+        # A sum takes the layout of what comes first.
+        return asking + self.to_out[0](mixed).transpose(1, 2).reshape(asking.shape)
 
 
 class FrameCausalAttention(GridAttention):

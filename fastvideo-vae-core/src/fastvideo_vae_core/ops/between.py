@@ -4,7 +4,7 @@ Sources: LeakyReLU as in HiFi-GAN; Snake between filters against aliasing as in 
 `alias_free_activation/torch/act.py`, which is StyleGAN 3's idea.
 
 On a GPU these networks are little more than the cost of launching their kernels, so each function is one kernel there.
-Results may then have room behind their samples for the dilation of the next convolution (`conv1d.room`), which is zero.
+Results may then have `room` more behind their samples, zeros for the dilation of the next convolution (`conv1d.room`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def leaky(parts: Sequence[Sum], slope: float, room: int = 0, keep: bool = False)
         from fastvideo_vae_core.ops.kernels import antialiased as kernels
 
         taken = parts if kernels.alike(parts) else [Sum(mean(parts))]
-        return kernels.leaky_of_mean(taken, slope, keep, max(room, taken[0].x.shape[2]))
+        return kernels.leaky_of_mean(taken, slope, keep, taken[0].x.shape[2] + room)
     total = mean(parts)
     return total if keep else None, total if slope == 1.0 else F.leaky_relu(total, slope)
 
@@ -49,7 +49,7 @@ def antialiased_snake(
     if fuses(x.x, alpha):
         from fastvideo_vae_core.ops.kernels import antialiased as kernels
 
-        return kernels.antialiased_snake(x, alpha, beta, up, down, keep, max(room, x.x.shape[2]))
+        return kernels.antialiased_snake(x, alpha, beta, up, down, keep, x.x.shape[2] + room)
     total = x.value()
     # Every channel is filtered alike.
     doubled = _doubled(total.flatten(0, 1).unsqueeze(1), up).view(*total.shape[:2], -1)

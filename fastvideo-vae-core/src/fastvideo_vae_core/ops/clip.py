@@ -26,6 +26,7 @@ from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
 from fastvideo_vae_core.ops.norm import Moments, affine_of, group_norm_act
 from fastvideo_vae_core.ops.words import copy_rows
+from fastvideo_vae_core.rehearsal import device_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Run:
         """Whether the kernels of this device are to be used, rather than the definitions."""
         differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return self.device.type == "cuda" and _HAS_TRITON and x.dtype in _FUSED and not differentiates
+
+    def merges_frames(self, x: Tensor) -> bool:
+        """Whether statistics are those of single frames, merged: in float32 on a GPU, where the last bit of a mean
+        shows in all that follows, so that pieces of any number of frames have the same."""
+        return (
+            self.device.type == "cuda"
+            and x.dtype == torch.float32
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        )
 
 
 def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -87,12 +97,14 @@ class Clip:
         """Statistics of the whole clip for a norm. None where the whole will be normalised in one go, which takes them
         itself."""
         fuses = run.fuses(self.pieces[0], norm.weight)
-        if len(self.pieces) == 1 and run.numbers is None and not fuses:
+        framewise = run.merges_frames(self.pieces[0])
+        if len(self.pieces) == 1 and run.numbers is None and not fuses and not framewise:
             return None
         total: Moments | None = None
         for piece in self.pieces:
-            own = self._moments_of(piece, norm.num_groups, fuses)
-            total = own if total is None else total.merge(own)
+            for part in piece.split(1, 2) if framewise else (piece,):
+                own = self._moments_of(part, norm.num_groups, fuses)
+                total = own if total is None else total.merge(own)
         return total
 
     def _moments_of(self, piece: Tensor, groups: int, fuses: bool) -> Moments:
@@ -162,9 +174,12 @@ class CausalConv(nn.Module):
     def forward(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         """The frames that a window, with its borders, is enough for."""
         conv = self.conv
-        if not fused and taps.takes(run.device, data, conv):
-            # Contiguous, because all that follows would copy it.
-            made = taps.convolved(data, conv.weight).contiguous()
+        if not fused and taps.takes(run.device, data, conv, any_shape=True):
+            if max(conv.stride) > 1:
+                made = taps.strided(data, conv.weight, conv.stride)
+            else:
+                # Contiguous, because all that follows would copy it.
+                made = taps.convolved(data, conv.weight).contiguous()
             return made if bias is None else made.add_(bias.view(-1, 1, 1, 1))
         if not fused:
             return F.conv3d(data, conv.weight, bias, conv.stride)
@@ -199,6 +214,9 @@ class Pointwise(nn.Module):
         rows = rows_of(x)
         if rows.stride(-1) == 1 and x.stride(-1) != 1:
             return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).movedim(-1, 1)
+        if taps.takes(device_of(x), x, self.conv, any_shape=True):
+            assert self.conv.bias is not None
+            return taps.convolved(x, self.conv.weight).add_(self.conv.bias.view(-1, 1, 1, 1))
         return self.conv(x)
 
 

@@ -48,29 +48,28 @@ def conv1d(x: Tensor, conv: nn.Conv1d) -> Sum:
     # cuDNN would add the bias in a pass of its own, which the next operation saves.
     if not _channels_last(x):
         return Sum(F.conv1d(x, conv.weight, None, stride, padding, dilation), bias=conv.bias)
-    if conv.in_channels >= 1024 and dilation >= 9:
-        return Sum(_gathered(x, conv), bias=conv.bias)
     y = F.conv2d(x.unsqueeze(2), conv.weight.unsqueeze(2), None, (1, stride), (0, padding), (1, dilation))
     return Sum(y.squeeze(2), bias=conv.bias)
-
-
-def room(x: Tensor, conv: nn.Conv1d) -> int:
-    """How long a signal like x (B, C, S) may be, with zeros behind its samples, for `dilated1d` to need no copy."""
-    return x.shape[2] + (-x.shape[2] % conv.dilation[0] if _channels_last(x) else 0)
 
 
 def dilated1d(x: Tensor, conv: nn.Conv1d, samples: int | None = None) -> Sum:
     """The same for a convolution without stride whose padding is some times its dilation, which no kernel has to know.
 
-    samples: how long the signal is, if x has `room` behind it.
+    samples: how many x has, if what follows them are the zeros of `room`.
 
-    cuDNN's choice among dilated kernels depends on all sizes at once, and some of it leaves the tensor cores (see
-    `_gathered`): of LTX-2's vocoder, whose kernels have 3 to 11 taps, a call took 104 ms on an H100 and 9 in the plain
-    layout.
+    cuDNN's choice among dilated kernels depends on all sizes at once, and some of it leaves the tensor cores: of
+    LTX-2's vocoder, whose kernels have 3 to 11 taps, a call took 104 ms on an H100 and 9 in the plain layout; of
+    Oobleck, one of 1024 channels at dilation 9 took 243 of the 262 ms of 47.5 s, and another one 250 of the 260 ms of
+    24 s.
     """
-    if not _channels_last(x) or conv.dilation[0] == 1:
-        return conv1d(x, conv)
+    if not _folds(x, conv):
+        return conv1d(x[:, :, :samples], conv)
     return Sum(_folded(x, conv, samples), bias=conv.bias)
+
+
+def room(x: Tensor, conv: nn.Conv1d) -> int:
+    """How many zeros behind samples like those of x save `dilated1d` a copy of them."""
+    return -x.shape[2] % conv.dilation[0] if _folds(x, conv) else 0
 
 
 def upsample1d(x: Tensor, conv: nn.ConvTranspose1d) -> Sum:
@@ -90,30 +89,20 @@ def formulation(device: torch.device, dtype: torch.dtype) -> str:
     return "convolutions in 1-D" + (", Snake in one pass" if device.type == "cuda" and dtype != torch.float64 else "")
 
 
-def _gathered(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """The convolution as one matrix product over the inputs of each output.
-
-    For 1024 channels at dilation 9 cuDNN 9.19 leaves the tensor cores: 243 of the 262 ms of a whole decoder, against
-    0.3 ms this way.
-    """
-    stride, padding, dilation = _numbers(conv)
-    rows_BSC = F.pad(x.mT, (0, 0, padding, padding))
-    reach = dilation * (conv.kernel_size[0] - 1)
-    taps_BSCK = rows_BSC.unfold(1, reach + 1, stride)[..., ::dilation]
-    weight_OKC = conv.weight.mT
-    return F.linear(taps_BSCK.mT.flatten(2), weight_OKC.flatten(1)).mT
+def _folds(x: Tensor, conv: nn.Conv1d) -> bool:
+    return _channels_last(x) and conv.dilation[0] > 1
 
 
 def _folded(x: Tensor, conv: nn.Conv1d, samples: int | None = None) -> Tensor:
     """The convolution over the grid whose rows are as many samples as the dilation: neighbours in its columns are what
     the taps see, so it is a convolution along them, without dilation. In this layout the grid is the same memory."""
     _, padding, dilation = _numbers(conv)
-    samples = x.shape[2] if samples is None else samples
-    if x.shape[2] % dilation:
-        x = F.pad(x.mT, (0, 0, 0, -x.shape[2] % dilation)).mT
-    grid_BCHW = x.unflatten(2, (-1, dilation))
+    missing = -x.shape[2] % dilation
+    rows_BSC = F.pad(x.mT, (0, 0, 0, missing)) if missing else x.mT
+    grid_BCHW = rows_BSC.unflatten(1, (-1, dilation)).movedim(-1, 1)
     made = F.conv2d(grid_BCHW, conv.weight.unsqueeze(3), padding=(padding // dilation, 0))
-    return made.flatten(2)[..., : samples + 2 * padding - dilation * (conv.kernel_size[0] - 1)]
+    length = (x.shape[2] if samples is None else samples) + 2 * padding - dilation * (conv.kernel_size[0] - 1)
+    return made.movedim(1, -1).flatten(1, 2)[:, :length].mT
 
 
 def _interleaved(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:

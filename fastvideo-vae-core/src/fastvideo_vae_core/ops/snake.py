@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.conv1d import Sum, conv1d
@@ -25,20 +26,21 @@ class Snake(nn.Module):
     def forward(self, x: Sum) -> Tensor:
         return self._sum_and_snake(x, keep=False)[1]
 
-    def fork(self, x: Sum) -> tuple[Tensor, Tensor]:
-        """The sum, and Snake of it."""
-        total, y = self._sum_and_snake(x, keep=True)
+    def fork(self, x: Sum, room: int = 0) -> tuple[Tensor, Tensor]:
+        """The sum, and Snake of it with so many zeros behind."""
+        total, y = self._sum_and_snake(x, keep=True, room=room)
         assert total is not None
         return total, y
 
-    def _sum_and_snake(self, x: Sum, keep: bool) -> tuple[Tensor | None, Tensor]:
+    def _sum_and_snake(self, x: Sum, keep: bool, room: int = 0) -> tuple[Tensor | None, Tensor]:
         if _fused(x.x, self):
             # Imported here because Triton takes a second to import and only GPUs need it.
             from fastvideo_vae_core.ops.kernels.snake import snake_of_sum
 
-            return snake_of_sum(x, self.alpha, self.beta, keep)
+            return snake_of_sum(x, self.alpha, self.beta, keep, room)
         total = x.value()
-        return total, snake(total, self.alpha, self.beta)
+        y = snake(total, self.alpha, self.beta)
+        return total, F.pad(y, (0, room)) if room else y
 
 
 def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Without TF32 cuDNN 9.19 computes them at 20 to 30 TFLOP/s of an H100, and takes 33 GiB of workspace for 1024 channels on
 small pictures. Products take no workspace, and there is one way for any number of positions at a time, where cuDNN
-chooses another algorithm for another one.
+chooses another algorithm for another one. Where that counts more than speed, they serve layers of any shape.
 """
 
 from __future__ import annotations
@@ -18,16 +18,36 @@ from torch import Tensor, nn
 _NARROWEST = 128
 
 
-def takes(device: torch.device, x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether it is the way for that input on that device, which is another one only in a rehearsal."""
-    if device.type != "cuda" or x.dtype != torch.float32 or max(conv.stride) > 1:
+def takes(device: torch.device, x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, *, any_shape: bool = False) -> bool:
+    """Whether it is the way for that input on that device, which is another one only in a rehearsal.
+
+    any_shape: also for narrow layers, strides and single taps, where one way for any number of positions counts more
+        than speed.
+    """
+    if device.type != "cuda" or x.dtype != torch.float32:
         return False
-    if min(conv.in_channels, conv.out_channels) < _NARROWEST or math.prod(conv.kernel_size) == 1:
+    narrow = min(conv.in_channels, conv.out_channels) < _NARROWEST
+    if not any_shape and (narrow or max(conv.stride) > 1 or math.prod(conv.kernel_size) == 1):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad):
         return False
     # With TF32 convolutions have tensor cores, which products by default have not.
     return bool(torch.backends.cudnn.conv.fp32_precision != "tf32")  # type: ignore[attr-defined]
+
+
+def strided(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    """The convolution of x (B, C, ...), padded before, by weights (O, C, ...) with a stride; dense in the plain layout.
+
+    What a tap sees is copied into one row.
+    """
+    kernel = weight.shape[2:]
+    made = [(size - count) // step + 1 for size, count, step in zip(x.shape[2:], kernel, stride, strict=True)]
+    total = x.new_empty(len(x), len(weight), math.prod(made))
+    for index, tap in enumerate(itertools.product(*map(range, kernel))):
+        seen = (slice(at, at + step * (size - 1) + 1, step) for at, step, size in zip(tap, stride, made, strict=True))
+        rows = x[(slice(None), slice(None), *seen)].flatten(2)
+        total.baddbmm_(weight[(..., *tap)].expand(len(x), -1, -1), rows, beta=min(index, 1))
+    return total.unflatten(2, made)
 
 
 def convolved(x: Tensor, weight: Tensor, dilation: Sequence[int] | None = None) -> Tensor:

@@ -75,6 +75,11 @@ class Bench:
                 found.append(self.seconds(call))
         return [statistics.median(each) for each in times]
 
+    def by_itself(self, call: Callable[[], object], runs: int | None = None) -> float:
+        """Median seconds of a call behind one that finds no memory of others."""
+        self.first_call(call)
+        return self.in_turns([call], runs)[0]
+
     def memory(self, run: Callable[[], object], resident: int) -> tuple[float, float]:
         """Peak of allocated and of reserved GiB in one call, with `resident` bytes of its own from before."""
         if not self.on_gpu:
@@ -83,10 +88,11 @@ class Bench:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        # Not what is reserved now: a workspace that a library keeps can hold on to gigabytes, which the call then uses.
+        before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        peaks = torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved
+        peaks = torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - before
         return (peaks[0] + resident) / GIB, (peaks[1] + resident) / GIB
 
 
@@ -164,6 +170,7 @@ def compare(
     operations: float = _NAN,
     predicted: float = _NAN,
     runs: int | None = None,
+    apart: bool = False,
 ) -> Row:
     """Both sides' first calls, memory, then times in turns; all but the distance.
 
@@ -171,10 +178,11 @@ def compare(
     resident: bytes of weights and input that each holds from before.
     operations: TFLOP of a call.
     predicted: bytes.
+    apart: one side's times after the other's, where a GPU has no room for what both leave to the next call.
     """
     first = [bench.first_call(call) for call in calls]
     memory = [bench.memory(call, resident) for call in calls]
-    times = bench.in_turns(calls, runs)
+    times = [bench.by_itself(call, runs) for call in calls] if apart else bench.in_turns(calls, runs)
     return Row(
         what=what,
         ms=(1000 * times[0], 1000 * times[1]),

@@ -444,7 +444,7 @@ class FourierBasis(nn.Module):
 
 
 def _room(parts: Sequence[Sum], conv: nn.Conv1d | None) -> int:
-    """How long the input of that convolution may be."""
+    """How many zeros behind its input that convolution is glad of."""
     return 0 if conv is None else room(parts[0].x, conv)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
-from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, formulation, needs, upsample1d
+from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, formulation, needs, room, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import Snake, snake_pointwise
 from fastvideo_vae_core.plan import Direction, Plan
@@ -356,8 +356,8 @@ class ResidualUnit(nn.Module):
         self.conv2 = nn.Conv1d(width, width, 1)
 
     def forward(self, x: Sum) -> Sum:
-        skip, y = self.snake1.fork(x)
-        made = conv1d(y, self.conv1)
+        skip, y = self.snake1.fork(x, room(x.x, self.conv1))
+        made = dilated1d(y, self.conv1, skip.shape[2])
         del y
         return snake_pointwise(made, self.snake2, self.conv2, skip)
 

@@ -54,6 +54,10 @@ diffusers.logging.set_verbosity_error()
 ARCHS = {"Stable Audio": STABLE_AUDIO_OPEN, "ACE-Step": ACE_STEP}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# What a latent may cost in shorter audio, and in ten minutes, as multiples of one of 47.5 s: small grids fill a GPU
+# less well, and pieces are computed with the context around them. Convolutions off the tensor cores cost 20 times.
+SHORT_TIMES, LONG_TIMES = 2.0, 1.5
+
 
 @dataclass(frozen=True)
 class Bench(benches.Bench):
@@ -63,6 +67,7 @@ class Bench(benches.Bench):
         latents: length that is timed: 47.5 s of Stable Audio.
         short: length of a graph that is replayed: 5 s.
         long: length that is computed in pieces: ten minutes.
+        odd: lengths in between, whose times are compared: 10 s, and pieces of ten minutes.
         exact: length that is compared with float64.
         width: replaces the published ones in the rehearsal.
     """
@@ -70,6 +75,7 @@ class Bench(benches.Bench):
     latents: int = 1024
     short: int = 108
     long: int = 12_920
+    odd: tuple[int, ...] = (215, 430, 532, 700)
     exact: int = 64
     width: int | None = None
 
@@ -123,6 +129,13 @@ def test_pieces_and_streams_equal_one_call(direction: Direction) -> None:
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_a_graph_gives_the_same_numbers(table: Table, direction: Direction) -> None:
     check_graph(ON_GPU, table, direction)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_no_length_is_slow(direction: Direction, dtype: str) -> None:
+    check_lengths(ON_GPU, direction, dtype)
 
 
 @pytest.mark.gpu
@@ -224,6 +237,19 @@ def check_graph(bench: Bench, table: Table, direction: Direction) -> None:
         table.add(row)
 
 
+def check_lengths(bench: Bench, direction: Direction, dtype: str) -> None:
+    """A latent costs about the same in audio of any length; as CUDA graphs, so that launches do not count."""
+    ours, _ = sides(bench, "Stable Audio", DTYPES[dtype])
+    costs = {}
+    for latents in (bench.latents, *bench.odd):
+        x = example(bench, "Stable Audio", direction, latents).to(bench.device, DTYPES[dtype])
+        replay = partial(Captured(ours, plan_of(ours, direction, x)), x)
+        bench.seconds(replay)
+        costs[latents] = bench.in_turns([replay], runs=3)[0] / latents
+    times = {latents: round(cost / costs[bench.latents], 2) for latents, cost in costs.items()}
+    assert max(times.values()) <= SHORT_TIMES, times
+
+
 def check_budget(bench: Bench, table: Table, direction: Direction) -> None:
     """Ten minutes, in pieces as they come by themselves, and within what a piece of 64 latents needs."""
     ours, _ = sides(bench, "Stable Audio", torch.float16)
@@ -231,6 +257,10 @@ def check_budget(bench: Bench, table: Table, direction: Direction) -> None:
     tile = 64 * ours.hop_length
     budget = plan_of(ours, direction, x, tile=(tile,)).peak_bytes
     plans = [plan_of(ours, direction, x), plan_of(ours, direction, x, memory_budget=budget)]
+    short = partial(run, ours, direction, x[..., : x.shape[2] * bench.latents // bench.long])
+    bench.seconds(short)
+    (whole,) = bench.in_turns([short], runs=3)
+    found = []
     for plan in plans:
         assert plan.tile is not None
         row = alone(
@@ -244,6 +274,9 @@ def check_budget(bench: Bench, table: Table, direction: Direction) -> None:
             note=f"exact pieces of {plan.tile[0] // ours.hop_length} latents",
         )
         table.add(row)
+        found.append(row)
+    if bench.on_gpu:
+        assert found[0].ms[1] <= LONG_TIMES * 1000 * whole * bench.long / bench.latents, (found[0], whole)
     assert plans[1].tile is not None
     assert plans[1].tile >= (tile,)
     # What the allocator gave, workspaces of cuDNN included. Without a GPU there is nothing to compare.

@@ -1,7 +1,7 @@
 """What stands between two convolutions of a vocoder on a GPU, in one pass over memory each: sums and activations.
 
 The definitions are in `ops.between`; these kernels compute in float32 and round once. In memory
-signals are rows of samples (plain) or rows of channels (channels-last). A result may have room for more samples than
+signals are rows of samples (plain) or rows of channels (channels-last). A result may have an extent of more samples than
 there are, which are zero.
 """
 
@@ -28,18 +28,18 @@ _LEAKY_PLAIN, _LEAKY_LAST = (1, 2048), (64, 32)
 
 
 def antialiased_snake(
-    x: Sum, alpha: Tensor, beta: Tensor, up: Tensor, down: Tensor, keep: bool, room: int
+    x: Sum, alpha: Tensor, beta: Tensor, up: Tensor, down: Tensor, keep: bool, extent: int
 ) -> tuple[Tensor | None, Tensor]:
-    """The sum where it is to be kept, and Snake of it at twice the rate, (B, C, room)."""
+    """The sum where it is to be kept, and Snake of it at twice the rate, (B, C, extent)."""
     last = _is_last(x.x)
     main = _laid_out(x.x, last)
     branch = main if x.branch is None else _laid_out(x.branch, last)
     batch, channels, samples = main.shape
-    out = _empty(main, last, room)
+    out = _empty(main, last, extent)
     total = _empty(main, last, samples) if keep else out
     width, groups = _LAST if last else _PLAIN
     if not out.is_meta:
-        grid = (triton.cdiv(room, 4 * groups), triton.cdiv(channels, width), batch)
+        grid = (triton.cdiv(extent, 4 * groups), triton.cdiv(channels, width), batch)
         _antialiased_kernel[grid](
             main,
             branch,
@@ -52,7 +52,7 @@ def antialiased_snake(
             out,
             channels,
             samples,
-            room,
+            extent,
             *_strides(main, last),
             *_strides(branch, last),
             x.branch is not None,
@@ -67,8 +67,8 @@ def antialiased_snake(
     return total if keep else None, out
 
 
-def leaky_of_mean(parts: Sequence[Sum], slope: float, keep: bool, room: int) -> tuple[Tensor | None, Tensor]:
-    """The mean of sums that are `alike` where it is to be kept, and LeakyReLU of it, (B, C, room).
+def leaky_of_mean(parts: Sequence[Sum], slope: float, keep: bool, extent: int) -> tuple[Tensor | None, Tensor]:
+    """The mean of sums that are `alike` where it is to be kept, and LeakyReLU of it, (B, C, extent).
 
     The mean, or else the result, takes the place of the first `x` if that is dense and long enough.
     """
@@ -79,11 +79,11 @@ def leaky_of_mean(parts: Sequence[Sum], slope: float, keep: bool, room: int) -> 
     bias = main if first.bias is None else first.bias
     batch, channels, samples = main.shape
     dense = main.mT.is_contiguous() if last else main.is_contiguous()
-    out = main if dense and not keep and room == samples else _empty(main, last, room)
+    out = main if dense and not keep and extent == samples else _empty(main, last, extent)
     total = out if not keep else main if dense else _empty(main, last, samples)
     width, length = _LEAKY_LAST if last else _LEAKY_PLAIN
     if not out.is_meta:
-        grid = (triton.cdiv(room, length), triton.cdiv(channels, width), batch)
+        grid = (triton.cdiv(extent, length), triton.cdiv(channels, width), batch)
         _leaky_kernel[grid](
             main,
             branch,
@@ -99,7 +99,7 @@ def leaky_of_mean(parts: Sequence[Sum], slope: float, keep: bool, room: int) -> 
             slope,
             channels,
             samples,
-            room,
+            extent,
             *_strides(main, last),
             *_strides(branch, last),
             first.branch is not None,
@@ -152,7 +152,7 @@ def _strides(x: Tensor, last: bool) -> tuple[int, int]:
 
 
 # What is asked for comes at run time, because each program takes half a second to compile.
-@triton.jit(do_not_specialize=["samples", "room", "branched", "biased", "keep"])
+@triton.jit(do_not_specialize=["samples", "extent", "branched", "biased", "keep"])
 def _antialiased_kernel(
     main,
     branch,
@@ -165,7 +165,7 @@ def _antialiased_kernel(
     out,
     channels,
     samples,
-    room,
+    extent,
     main_item,
     main_row,
     branch_item,
@@ -242,9 +242,9 @@ def _antialiased_kernel(
     if LAST:
         for each in tl.static_range(4):
             row = start + each
-            place_out = (item * room + row) * channels + channel
+            place_out = (item * extent + row) * channels + channel
             y = tl.where(row < samples, ys[each], 0.0).to(out.dtype.element_ty)
-            tl.store(out + place_out, y, mask=known & (row < room))
+            tl.store(out + place_out, y, mask=known & (row < extent))
             place_total = (item * samples + row) * channels + channel
             kept = xs[6 + each].to(total.dtype.element_ty)
             tl.store(total + place_total, kept, mask=known & (row < samples) & (keep != 0))
@@ -252,7 +252,7 @@ def _antialiased_kernel(
         column = (begin + tl.arange(0, 4 * GROUPS))[None, :]
         y = tl.interleave(tl.interleave(ys[0], ys[2]), tl.interleave(ys[1], ys[3]))
         y = tl.where(column < samples, y, 0.0).to(out.dtype.element_ty)
-        tl.store(out + (item * channels + channel) * room + column, y, mask=known & (column < room))
+        tl.store(out + (item * channels + channel) * extent + column, y, mask=known & (column < extent))
         kept = tl.interleave(tl.interleave(xs[6], xs[8]), tl.interleave(xs[7], xs[9])).to(total.dtype.element_ty)
         place = (item * channels + channel) * samples + column
         tl.store(total + place, kept, mask=known & (column < samples) & (keep != 0))
@@ -272,7 +272,7 @@ def _sum_at(main, branch, main_row, branch_row, channel, at, samples, known, bra
     return x + other.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["slope", "samples", "room", "branched", "biased", "keep"])
+@triton.jit(do_not_specialize=["slope", "samples", "extent", "branched", "biased", "keep"])
 def _leaky_kernel(
     main,
     branch,
@@ -288,7 +288,7 @@ def _leaky_kernel(
     slope,
     channels,
     samples,
-    room,
+    extent,
     main_item,
     main_row,
     branch_item,
@@ -308,14 +308,14 @@ def _leaky_kernel(
         sample = (tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)).to(tl.int64)[:, None]
         at = item * main_item + sample * main_row + channel
         at_branch = item * branch_item + sample * branch_row + channel
-        place = (item * room + sample) * channels + channel
+        place = (item * extent + sample) * channels + channel
         place_total = (item * samples + sample) * channels + channel
     else:
         channel = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)[:, None]
         sample = (tl.program_id(0) * LENGTH + tl.arange(0, LENGTH))[None, :]
         at = item * main_item + channel * main_row + sample
         at_branch = item * branch_item + channel * branch_row + sample
-        place = (item * channels + channel) * room + sample
+        place = (item * channels + channel) * extent + sample
         place_total = (item * channels + channel) * samples + sample
     known = channel < channels
     here = known & (sample < samples)
@@ -325,9 +325,9 @@ def _leaky_kernel(
         x += _part(main3, branch3, bias3, at, at_branch, channel, known, here, branched, biased)
         x = x / 3.0
     tl.store(total + place_total, x.to(total.dtype.element_ty), mask=here & (keep != 0))
-    # Zero stays zero, which is what lies in the room behind the last sample.
+    # Zero stays zero, which is what lies behind the last sample.
     y = tl.where(here, tl.where(x > 0.0, x, x * slope), 0.0)
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=known & (sample < room))
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=known & (sample < extent))
 
 
 @triton.jit

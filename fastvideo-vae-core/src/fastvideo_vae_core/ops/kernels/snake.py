@@ -14,22 +14,28 @@ from fastvideo_vae_core.ops.conv1d import Sum
 
 # Elements that a program of Snake holds at a time, and its warps.
 _TILE, _WARPS = 8192, 8
+_DENSE = torch.contiguous_format
 # Samples and input channels of a step that a program of the pointwise convolution holds at a time, by channels.
 _POINTWISE = {64: (128, 64), 128: (128, 64), 256: (128, 32)}
 
 
-def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
+def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool, room: int = 0) -> tuple[Tensor | None, Tensor]:
     """The sum where it is to be kept, and Snake of it, each dense in the layout of x: plain or channels-last.
 
     The sum takes the place of `x.x` if that is dense.
+
+    room: zeros behind what Snake makes, in the channels-last layout.
     """
     last = x.x.stride(1) == 1
     # In memory: rows of samples with channels beside each other, or rows of channels.
     main, branch = (_rows(each, last) for each in (x.x, x.branch))
     assert main is not None
-    out = torch.empty(main.shape, dtype=main.dtype, device=main.device)
-    total = out if not keep else (main if main.is_contiguous() else torch.empty_like(out))
+    assert last or not room
     batch, rows, columns = main.shape
+    out = torch.empty((batch, rows + room, columns), dtype=main.dtype, device=main.device)
+    if room:
+        out[:, rows:].zero_()
+    total = out if not keep else (main if main.is_contiguous() else torch.empty_like(main, memory_format=_DENSE))
     block = min(triton.next_power_of_2(columns), 128 if last else 1024)
     tile = max(_TILE // block, 1)
     grid = (triton.cdiv(rows, tile), triton.cdiv(columns, block), batch)
@@ -43,6 +49,7 @@ def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tenso
             total,
             out,
             rows,
+            rows + room,
             columns,
             main.stride(0),
             main.stride(1),
@@ -63,11 +70,11 @@ def snake_of_sum(x: Sum, alpha: Tensor, beta: Tensor, keep: bool) -> tuple[Tenso
 
 def snake_pointwise(x: Sum, alpha: Tensor, beta: Tensor, conv: nn.Conv1d, skip: Tensor) -> Tensor:
     """skip + conv(snake(x)) for a convolution of one tap; channels-last, and channels as `takes_pointwise` says."""
-    rows, skipped = x.x.transpose(1, 2), skip.transpose(1, 2)
+    # Of several items, those behind a dilated convolution may have gaps between them.
+    rows, skipped = x.x.transpose(1, 2).contiguous(), skip.transpose(1, 2)
     out = torch.empty_like(rows)
     channels, count = rows.shape[2], rows.shape[0] * rows.shape[1]
     tile, step = _POINTWISE[channels]
-    assert rows.is_contiguous()
     assert skipped.is_contiguous()
     if not out.is_meta:
         _pointwise_kernel[(triton.cdiv(count, tile),)](
@@ -126,7 +133,7 @@ def _snake(x, alpha, scale, EXACT: tl.constexpr):
 
 
 # What is asked for comes at run time, because each program takes half a second to compile.
-@triton.jit(do_not_specialize=["rows", "branched", "biased", "keep"])
+@triton.jit(do_not_specialize=["rows", "out_rows", "branched", "biased", "keep"])
 def _snake_kernel(
     main,
     branch,
@@ -136,6 +143,7 @@ def _snake_kernel(
     total,
     out,
     rows,
+    out_rows,
     columns,
     main_item,
     main_row,
@@ -172,6 +180,7 @@ def _snake_kernel(
     kept = value.to(total.dtype.element_ty)
     tl.store(total + at, kept, mask=mask & (keep != 0))
     value = tl.where(keep != 0, kept.to(tl.float32), value)
+    at = (item * out_rows + row) * columns + column
     tl.store(out + at, _snake(value, alpha, scale, EXACT).to(out.dtype.element_ty), mask=mask)
 
 

@@ -1,0 +1,23 @@
+"""Attention of the middle blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvideo_vae_core.ops.attention import FrameCausalAttention, GridAttention
+
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", [GridAttention, FrameCausalAttention])
+def test_the_layout_stays(kind: type[GridAttention], batch: int) -> None:
+    """What follows a plain grid is plain: in float32 channels-last convolutions take other memory than predicted."""
+    attention = kind(8, 2).requires_grad_(False)
+    x = torch.randn(batch, 8, *(2, 3, 4)[-2 if kind is GridAttention else -3 :])
+    plain, last = attention(x), attention(x.contiguous(memory_format=LAYOUTS[x.ndim]))
+    assert plain.stride() == x.stride()
+    assert last.is_contiguous(memory_format=LAYOUTS[x.ndim])
+    assert not last.is_contiguous()
+    assert torch.allclose(plain, last, atol=1e-6)
