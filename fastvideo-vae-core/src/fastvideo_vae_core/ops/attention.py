@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.norm import group_norm
+from fastvideo_vae_core.rehearsal import device_of
 
 # Queries, keys and values (B, 1, N, C) to what the values mix to.
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -41,8 +42,9 @@ class GridAttention(nn.Module):
         asked = normed[(slice(None), slice(None), *region)].flatten(2).transpose(1, 2) if region else tokens
         q, k, v = self.to_q(asked).unsqueeze(1), self.to_k(tokens).unsqueeze(1), self.to_v(tokens).unsqueeze(1)
         mixed = mix(q, k, v).squeeze(1)
-        # A sum takes the layout of what comes first.
-        return asking + self.to_out[0](mixed).transpose(1, 2).reshape(asking.shape)
+        made = self.to_out[0](mixed).transpose(1, 2).reshape(asking.shape)
+        # A sum takes the layout of what comes first: on a GPU that of the grid, on a CPU as the reference has it.
+        return asking + made if device_of(x).type == "cuda" else made + asking
 
 
 class FrameCausalAttention(GridAttention):
