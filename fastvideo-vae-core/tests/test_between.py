@@ -33,7 +33,7 @@ def double(x):
 torch.manual_seed(0)
 errors = {}
 with torch.no_grad():
-    for dtype, last in itertools.product((torch.float32, torch.float16, torch.bfloat16), (False, True)):
+    for dtype, last in itertools.product((torch.float32, torch.bfloat16), (False, True)):
         up, down = (torch.rand(1, 1, 12).to(dtype) / 6 for _ in range(2))
         names = [f"{what} {dtype} {last}" for what in ("sum", "snake", "mean", "leaky")]
         errors.update(dict.fromkeys(names, 0.0))
@@ -70,11 +70,11 @@ print(json.dumps(errors))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
     errors = interpreted(_SCRIPT)
-    assert len(errors) == 24
+    assert len(errors) == 16
     for name, error in errors.items():
-        # One rounding at the end, of 24, 11 or 8 bits, where the interpreter cuts off instead; largest difference over
+        # One rounding at the end, of 24 or 8 bits, where the interpreter cuts off instead; largest difference over
         # largest value.
-        assert error <= (1e-6 if "float32" in name else 8e-3 if "bfloat16" in name else 5e-4), (name, error)
+        assert error <= (1e-6 if "float32" in name else 8e-3), (name, error)
 
 
 def test_snake_at_twice_the_rate_is_its_parts() -> None:

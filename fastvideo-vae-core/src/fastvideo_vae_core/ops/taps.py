@@ -46,7 +46,8 @@ def strided(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
     for index, tap in enumerate(itertools.product(*map(range, kernel))):
         seen = (slice(at, at + step * (size - 1) + 1, step) for at, step, size in zip(tap, stride, made, strict=True))
         rows = x[(slice(None), slice(None), *seen)].flatten(2)
-        total.baddbmm_(weight[(slice(None), slice(None), *tap)].expand(len(x), -1, -1), rows, beta=min(index, 1))
+        place: tuple[slice | int, ...] = (slice(None), slice(None), *tap)
+        total.baddbmm_(weight[place].expand(len(x), -1, -1), rows, beta=min(index, 1))
     return total.unflatten(2, made)
 
 

@@ -1,8 +1,8 @@
 """What stands between two convolutions of a vocoder on a GPU, in one pass over memory each: sums and activations.
 
-The definitions are in `ops.between`; these kernels compute in float32 and round once. In memory
-signals are rows of samples (plain) or rows of channels (channels-last). A result may have an extent of more samples than
-there are, which are zero.
+The definitions are in `ops.between`; these kernels compute in float32 and round once. In memory signals are rows of
+samples (plain) or rows of channels (channels-last). A result may have an extent of more samples than there are, which
+are zero.
 """
 
 # Kernels build tuples whose length only Triton knows, and it takes them in no other way.
