@@ -80,9 +80,10 @@ def content_faults(sizes: dict[str, int], member: Member, information: str) -> I
     for needed in (f"{member.import_name}/py.typed", f"{information}/licenses/LICENSE"):
         if needed not in sizes:
             yield f"{needed} is missing"
-    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-    if weights > LARGEST_WEIGHTS_BYTES:
-        yield f"{weights} bytes of weights, more than {LARGEST_WEIGHTS_BYTES}"
+    for name, size in sizes.items():
+        # Of each miniature; LTX-2 ships one of pictures and one of sound.
+        if name.endswith(".safetensors") and size > LARGEST_WEIGHTS_BYTES:
+            yield f"{name}: {size} bytes of weights, more than {LARGEST_WEIGHTS_BYTES}"
 
 
 def metadata_faults(metadata: Message, member: Member, core: Member) -> Iterator[str]:
