@@ -31,18 +31,18 @@ def _settings() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("conv", "sizes"),
     [
-        (nn.Conv1d(5, 6, 7, dilation=3, bias=False), (60,)),
+        (nn.Conv1d(5, 6, 7, bias=False), (60,)),
         (nn.Conv2d(5, 6, 3, bias=False), (9, 7)),
         (nn.Conv3d(5, 6, 3, bias=False), (5, 9, 7)),
         (nn.Conv3d(5, 6, (3, 1, 1), bias=False), (3, 9, 7)),
-        (nn.Conv2d(5, 6, (1, 3), dilation=(1, 2), bias=False), (4, 5)),
+        (nn.Conv2d(5, 6, (1, 3), bias=False), (4, 5)),
     ],
     ids=str,
 )
 def test_products_are_the_convolution(conv: Any, sizes: tuple[int, ...], innermost: bool) -> None:
     conv, x = conv.double(), torch.randn(2, 5, *sizes, dtype=torch.float64)
     given = x.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else x
-    y = taps.convolved(given, conv.weight, conv.dilation)
+    y = taps.convolved(given, conv.weight)
     assert relative_error(y, conv(x)) <= 1e-15
     assert (y.stride(1) == 1) == innermost
 
@@ -73,6 +73,7 @@ def test_only_wide_layers_in_float32_on_a_gpu_without_tf32() -> None:
     assert not taps.takes(GPU, x.bfloat16(), wide)
     assert not taps.takes(GPU, x, nn.Conv2d(128, 128, 1))
     assert not taps.takes(GPU, x, nn.Conv2d(128, 128, 3, stride=2))
+    assert not taps.takes(GPU, x, nn.Conv2d(128, 128, 3, dilation=2), any_shape=True)
     for other in (narrow, nn.Conv2d(128, 128, 3, stride=2), nn.Conv2d(128, 128, 1)):
         assert taps.takes(GPU, x, other, any_shape=True)
         assert not taps.takes(CPU, x, other, any_shape=True)

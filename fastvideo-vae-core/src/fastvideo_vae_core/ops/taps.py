@@ -24,7 +24,7 @@ def takes(device: torch.device, x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.Conv
     any_shape: also for narrow layers, strides and single taps, where one way for any number of positions counts more
         than speed.
     """
-    if device.type != "cuda" or x.dtype != torch.float32:
+    if device.type != "cuda" or x.dtype != torch.float32 or max(conv.dilation) > 1:
         return False
     narrow = min(conv.in_channels, conv.out_channels) < _NARROWEST
     if not any_shape and (narrow or max(conv.stride) > 1 or math.prod(conv.kernel_size) == 1):
@@ -51,7 +51,7 @@ def strided(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
     return total.unflatten(2, made)
 
 
-def convolved(x: Tensor, weight: Tensor, dilation: Sequence[int] | None = None) -> Tensor:
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of x (B, C, ...), padded before and in any layout, by weights (O, C, ...); the result has that
     layout, too, with gaps.
 
@@ -59,12 +59,10 @@ def convolved(x: Tensor, weight: Tensor, dilation: Sequence[int] | None = None) 
     line it sees the next one, and what it makes there is dropped.
     """
     kernel, batch, sizes = weight.shape[2:], len(x), x.shape[2:]
-    dilation = [1] * len(kernel) if dilation is None else dilation
     innermost = x.stride(1) == 1 and x.shape[1] > 1
     flat = (x.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else x.contiguous()).flatten(2)
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    reach = [step * (count - 1) for step, count in zip(dilation, kernel, strict=True)]
-    made = [size - far for size, far in zip(sizes, reach, strict=True)]
+    made = [size - count + 1 for size, count in zip(sizes, kernel, strict=True)]
     # From the first position to the last one that counts.
     length = 1 + sum((size - 1) * stride for size, stride in zip(made, strides, strict=True))
     taps = weight.flatten(2).movedim(2, 0).contiguous()
@@ -72,7 +70,7 @@ def convolved(x: Tensor, weight: Tensor, dilation: Sequence[int] | None = None) 
     total = x.new_empty(batch, rows, width).mT if innermost else x.new_empty(batch, width, rows)
     part = total[..., :length]
     for index, tap in enumerate(itertools.product(*map(range, kernel))):
-        start = sum(at * step * stride for at, step, stride in zip(tap, dilation, strides, strict=True))
+        start = sum(at * stride for at, stride in zip(tap, strides, strict=True))
         part.baddbmm_(taps[index].expand(batch, -1, -1), flat[..., start : start + length], beta=min(index, 1))
     y = total.unflatten(2, sizes)
     return y[(slice(None), slice(None), *map(slice, made))]
