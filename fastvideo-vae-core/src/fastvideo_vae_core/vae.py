@@ -70,6 +70,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         self.blend: Blend | None = None
         self._provenance: Provenance | None = None
         self._forecasts: dict[tuple[Hashable, ...], Forecast] = {}
+        self._twins: dict[tuple[Direction, torch.dtype], tuple[VAEConfig, Self]] = {}
 
     # ---------------------------------------------------------------- what a family gives
 
@@ -366,6 +367,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Behind every `.to()`: 16-bit convolutions on a GPU run fastest on channels-last grids, and grids take the
         layout of the weights; everywhere else the plain layout keeps to the reference's order of operations."""
+        self._twins.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -681,7 +683,26 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             return type(self)(half)
 
     def _twin(self, direction: Direction, dtype: torch.dtype) -> Self:
-        """One half of this model in another type. A copy, so that calls at the same time do not see each other."""
+        """One half of this model in another type. A copy, so that calls at the same time do not see each other.
+
+        Where every call needs it, it is kept, because making the modules costs more than many a call, and is given the
+        weights as they are now: always the same numbers unless somebody changes them.
+        """
+        if dtype != self._fp16(self._half_dtype(direction))[0] or torch.is_grad_enabled():
+            return self._new_twin(direction, dtype)
+        # Not made in inference mode, whose tensors could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            config, twin = self._twins.get((direction, dtype), (None, self))
+            if config is not self.config:
+                twin = self._new_twin(direction, dtype)
+                self._twins[direction, dtype] = self.config, twin
+                return twin
+            own = self.state_dict()
+            names, theirs = zip(*twin.state_dict().items(), strict=True)
+            torch._foreach_copy_(theirs, [own[name] for name in names])
+        return twin
+
+    def _new_twin(self, direction: Direction, dtype: torch.dtype) -> Self:
         twin = self._shadow(direction)
         wanted = twin.state_dict().keys()
         weights = {name: each.to(dtype) for name, each in self.state_dict().items() if name in wanted}
