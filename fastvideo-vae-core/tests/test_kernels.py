@@ -14,7 +14,9 @@ from fastvideo_vae_core.testing.interpreter import interpreted
 _SCRIPT = """
 import json, torch, torch.nn.functional as F
 from torch import nn
-from fastvideo_vae_core.ops.kernels.group_norm import apply_affine, group_norm_silu
+from fastvideo_vae_core.ops.kernels import rows
+from fastvideo_vae_core.ops.kernels.group_norm import apply_affine, group_norm_silu, moments
+from fastvideo_vae_core.ops.norm import Moments
 
 def last(x):
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
@@ -35,10 +37,28 @@ with torch.no_grad():
         moved = torch.randn(shape[1])
         y = group_norm_silu(x - moved.view(1, -1, *[1] * (len(shape) - 2)), norm, True, moved)
         errors[f"biased {shape}"] = float((y - F.silu(exact)).norm() / F.silu(exact).norm())
+        found = moments(x, groups, moved)
+        there = Moments.of(x.double() + moved.double().view(1, -1, *[1] * (len(shape) - 2)), groups)
+        assert found.size == there.size
+        errors[f"moments {shape}"] = max(
+            float((one - other).norm() / other.norm().clamp(min=1e-9))
+            for one, other in ((found.mean, there.mean), (found.spread, there.spread))
+        )
         scale, offset = torch.randn(2, *shape[:2])
         view = (*shape[:2], *[1] * (len(shape) - 2))
         reference = F.silu(x.double() * scale.view(view) + offset.view(view))
         errors[f"affine {shape}"] = float((apply_affine(x, scale, offset, True) - reference).norm() / reference.norm())
+    for channels in (8, 24, 128):
+        x, other = torch.randn(2, 5, 9, 11, channels)[:, 1:4, 2:9, 3:9], torch.randn(2, 3, 7, 6, channels)
+        whole, bias = torch.zeros(2, 6, 14, 12, channels), torch.randn(channels)
+        out = whole[:, ::2, ::2, ::2]
+        assert rows.takes(out, x, other) and not rows.takes(x[..., 1:])
+        for name, given in (("plain", (None, None)), ("bias", (bias, None)), ("both", (bias, other))):
+            rows.write(out, x, *given)
+            wanted = x + sum(each for each in given if each is not None)
+            errors[f"rows {channels} {name}"] = float((out - wanted).abs().max())
+            # Nothing beside them.
+            assert (whole != 0).sum() == (out != 0).sum()
 print(json.dumps(errors))
 """
 
@@ -46,7 +66,7 @@ print(json.dumps(errors))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
     errors = interpreted(_SCRIPT)
-    assert len(errors) == 16
+    assert len(errors) == 29
     # float32 around a mean of 30: a few units in the last place, of the numbers before the mean is taken off.
     assert max(errors.values()) < 1e-5, errors
 

@@ -317,11 +317,7 @@ class TestMoments:
         x = seeded(shape)
         whole = Moments.of(x, 2)
         for lengths in ((1, shape[-1] - 1), (2, 2, shape[-1] - 4)):
-            merged: Moments | None = None
-            for piece in x.split(lengths, dim=-1):
-                own = Moments.of(piece, 2)
-                merged = own if merged is None else merged.merge(own)
-            assert merged is not None
+            merged = Moments.merged([Moments.of(piece, 2) for piece in x.split(lengths, dim=-1)])
             assert merged.size == whole.size
             assert gap(merged.mean, whole.mean) <= 1e-14
             assert relative_error(merged.spread, whole.spread) <= 1e-14
@@ -337,11 +333,7 @@ class TestMoments:
     def test_a_large_mean_does_not_drown_a_small_deviation(self, dtype: torch.dtype) -> None:
         """Mean 1e4 and deviation 1: as a difference of squares, float32 would have no digit left."""
         x = (1e4 + seeded((1, 4, 32, 32))).to(dtype)
-        merged: Moments | None = None
-        for piece in x.split(5, dim=-1):
-            own = Moments.of(piece, 2)
-            merged = own if merged is None else merged.merge(own)
-        assert merged is not None
+        merged = Moments.merged([Moments.of(piece, 2) for piece in x.split(5, dim=-1)])
         exact = x.double().reshape(1, 2, -1)
         assert relative_error(merged.mean, exact.mean(-1)) <= 1e-9
         assert relative_error(merged.spread / merged.size, exact.var(-1, correction=0)) <= 1e-6

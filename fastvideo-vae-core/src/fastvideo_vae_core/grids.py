@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.memory import elsewhere, rehearsal
+from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.norm import Moments
-from fastvideo_vae_core.ops.words import copy_rows
+from fastvideo_vae_core.ops.words import copy_rows, write_rows
 
 if TYPE_CHECKING:
     from fastvideo_vae_core.tiling import Step
@@ -259,13 +260,16 @@ class Making(NamedTuple):
         axes = zip(self.step.axes, self.region, self.reads[0].sizes, strict=True)
         return tuple(axis.needs(*span, size) for axis, span, size in axes)
 
-    def run(self, crops: Sequence[Tensor]) -> Tensor:
+    def run(self, crops: Sequence[Tensor]) -> Tensor | Sum:
         """The region, from these elements; what their borders spoiled is cut off."""
         keep = []
         for axis, (start, stop), (first, _) in zip(self.step.axes, self.region, self.crop(), strict=True):
             skip = start - axis.position(first)
             keep.append(slice(skip, skip + stop - start))
-        return self.step.run(crops, self.moments)[(slice(None), slice(None), *keep)]
+        made, inside = self.step.run(crops, self.moments), (slice(None), slice(None), *keep)
+        if isinstance(made, Tensor):
+            return made[inside]
+        return Sum(made.x[inside], None if made.branch is None else made.branch[inside], made.bias)
 
 
 def makings_of(making: Making) -> tuple[list[tuple[Grid | None, Making]], dict[Grid, Region]]:
@@ -300,12 +304,12 @@ def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Sl
     return found[::-1]
 
 
-def prepare(making: Making, courier: Courier) -> Callable[[], Tensor]:
+def prepare(making: Making, courier: Courier) -> Callable[[], Tensor | Sum]:
     """Begin to bring what a region is made from; the result makes it, and is called once."""
     makings, wanted = makings_of(making)
     near = {grid: courier.bring(grid, region) for grid, region in wanted.items() if isinstance(grid, Slabs)}
 
-    def make() -> Tensor:
+    def make() -> Tensor | Sum:
         users = Counter(grid for _, each in makings for grid in set(each.reads))
         here: dict[Grid, Tensor] = {grid: arrived() for grid, arrived in near.items()}
         near.clear()
@@ -345,13 +349,23 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return last if last is not None and order == (0, *range(2, x.ndim), 1) else torch.contiguous_format
 
 
-def dense(x: Tensor) -> Tensor:
-    """The same without gaps in memory, such as a tile has that was cut out of what its borders spoiled."""
-    if _in_memory(x).is_contiguous():
-        return x
-    made = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
-    move(made, x)
-    return made
+def dense(x: Tensor | Sum) -> Tensor:
+    """The same without gaps in memory, such as a tile has that was cut out of what its borders spoiled; of a sum, its
+    value."""
+    if isinstance(x, Tensor):
+        if _in_memory(x).is_contiguous():
+            return x
+        made = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+        move(made, x)
+        return made
+    made = torch.empty(x.x.shape, dtype=x.x.dtype, device=x.x.device, memory_format=layout_of(x.x))
+    parts = [part for part in (made, x.x, x.branch) if part is not None]
+    if len({_order(part) for part in parts}) == 1:
+        branch = None if x.branch is None else _in_memory(x.branch)
+        if write_rows(_in_memory(made), Sum(_in_memory(x.x), branch, x.bias)):
+            return made
+    del made, parts
+    return dense(x.value())
 
 
 def move(into: Tensor, source: Tensor) -> None:

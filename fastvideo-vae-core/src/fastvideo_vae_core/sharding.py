@@ -232,13 +232,13 @@ def _merged(packed: Tensor, slab: Slab, groups: int) -> Moments:
     shape = list(slab.data.shape)
     shape[slab.axis] = 1
     layer = math.prod(shape[1:]) // groups
-    total: Moments | None = None
-    for (start, stop), (mean, spread) in zip(slab.spans, packed, strict=False):
-        if start < stop:
-            own = Moments(layer * (stop - start), mean, spread)
-            total = own if total is None else total.merge(own)
-    assert total is not None
-    return total
+    return Moments.merged(
+        [
+            Moments(layer * (stop - start), mean, spread)
+            for (start, stop), (mean, spread) in zip(slab.spans, packed, strict=False)
+            if start < stop
+        ]
+    )
 
 
 def _at_least_one(span: Span, size: int) -> Span:

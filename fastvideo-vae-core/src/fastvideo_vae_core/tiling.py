@@ -35,6 +35,7 @@ from fastvideo_vae_core.grids import (
     reachable,
 )
 from fastvideo_vae_core.memory import excerpt, rehearsal, standing_for
+from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.norm import Moments
 from fastvideo_vae_core.rehearsal import device_of
 
@@ -110,14 +111,14 @@ class Step:
         writes: name of the grid it makes; the last step's is the network's output.
         axes: one for each axis behind (B, C), about the network with its own padding at every border of a crop.
         run: from the grids and, where `norm` is set, the moments of the first of them, to the new grid. Given None for
-            the moments it takes them over what it sees.
+            the moments it takes them over what it sees. A sum is added up in the pass that puts it into its place.
         norm: the normalisation at the head of the step, whose statistics span the whole of the first grid.
         excerpt: where axes are whole: from whole grids to a region of the new one, along the axes behind (B, C), for
             less than the work of all of it. Attention has it: there are keys everywhere, and queries where asked.
     """
 
     name: str
-    run: Callable[[Sequence[Tensor], Moments | None], Tensor]
+    run: Callable[[Sequence[Tensor], Moments | None], Tensor | Sum]
     axes: tuple[Axis, ...]
     reads: tuple[str, ...] = ("x",)
     writes: str = "x"
@@ -310,9 +311,9 @@ def _run_step(
     axis = next((i for i, (span, all_) in enumerate(zip(tiles[0][0], part.region, strict=True)) if span != all_), 0)
     slabs = Slabs(index=-1, sizes=wanted, axis=axis + 2)
     made: Tensor | None = None
-    gathered: Moments | None = None
+    gathered = list[Moments]()
     like: Callable[[Region], Tensor] = partial(_blank, (1, 1), torch.float32, torch.contiguous_format)
-    coming: Callable[[], Tensor] | None = None
+    coming: Callable[[], Tensor | Sum] | None = None
     for index, (region, times) in enumerate(tiles):
         make, coming = coming, None
         upcoming = tiles[index + 1][1] if index + 1 < len(tiles) else 0
@@ -328,7 +329,7 @@ def _run_step(
         with standing_for(times):
             # A rehearsal does not compute every tile, but keeps it.
             piece = make() if make is not None and times else like(region)
-            if place == "slabs" or following is not None:
+            if place == "slabs" or following is not None or isinstance(piece, Sum):
                 # Once, where statistics and the slab would each copy it.
                 piece = dense(piece)
             # It holds what it is made from.
@@ -338,12 +339,11 @@ def _run_step(
             for grid in dying:
                 grid.release(needed[index][grid])
             if following is not None and times:
-                own = Moments.of(piece, following.num_groups)
-                gathered = own if gathered is None else gathered.merge(own)
+                gathered.append(Moments.of(piece, following.num_groups))
             local = tuple((a - c, b - c) for (a, b), (c, _) in zip(region, part.region, strict=True))
             if place == "device":
                 if piece.shape[2:] == wanted:
-                    return piece, gathered
+                    return piece, gathered[0] if gathered else None
                 if made is None:
                     made = torch.empty(
                         (*piece.shape[:2], *wanted),
@@ -356,7 +356,7 @@ def _run_step(
                 courier.store(piece, slabs, local, local[axis], host_share)
             del piece
     courier.settle()
-    return slabs if place == "slabs" else made, gathered
+    return slabs if place == "slabs" else made, Moments.merged(gathered) if gathered else None
 
 
 def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor], tile: int) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.rms_norm import Modulation, PixelNorm, RMSNorm
+from fastvideo_vae_core.ops.words import copy_rows
 
 if TYPE_CHECKING:
     from fastvideo_vae_core.strips import Strip
@@ -330,7 +331,7 @@ class Window:
             # Slot `tap` of frame t is e[t * stride + tap].
             first = max(-(-(start - tap) // stride), 0)
             found = frames_BTHWC[:, first * stride + tap - start :: stride][:, : max(slots.shape[1] - first, 0)]
-            slots[:, first : first + found.shape[1], :, :, tap] = found
+            copy_rows(slots[:, first : first + found.shape[1], :, :, tap], found)
 
 
 class Convolved(NamedTuple):

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
-from fastvideo_vae_core.ops.norm import Moments, affine_of, group_norm_act
+from fastvideo_vae_core.ops.conv1d import Sum
+from fastvideo_vae_core.ops.norm import Moments, group_norm_act
 from fastvideo_vae_core.ops.words import copy_rows
 from fastvideo_vae_core.rehearsal import device_of
 
@@ -80,6 +81,11 @@ class Clip:
     pieces: list[Tensor]
     bias: Tensor | None = None
 
+    def pending(self) -> Tensor | Sum:
+        """The same, with the bias still to be added; the clip is empty afterwards."""
+        bias, self.bias = self.bias, None
+        return self.joined() if bias is None else Sum(self.joined(), bias=bias)
+
     def joined(self) -> Tensor:
         """The feature map in one tensor; the clip is empty afterwards."""
         pieces, self.pieces = self.pieces, []
@@ -100,12 +106,8 @@ class Clip:
         framewise = run.merges_frames(self.pieces[0])
         if len(self.pieces) == 1 and run.numbers is None and not fuses and not framewise:
             return None
-        total: Moments | None = None
-        for piece in self.pieces:
-            for part in piece.split(1, 2) if framewise else (piece,):
-                own = self._moments_of(part, norm.num_groups, fuses)
-                total = own if total is None else total.merge(own)
-        return total
+        parts = [part for piece in self.pieces for part in (piece.split(1, 2) if framewise else (piece,))]
+        return Moments.merged([self._moments_of(part, norm.num_groups, fuses) for part in parts])
 
     def _moments_of(self, piece: Tensor, groups: int, fuses: bool) -> Moments:
         if not fuses:
@@ -149,10 +151,7 @@ class Reading(NamedTuple):
         if self.norm is None:
             return None
         assert self.moments is not None
-        scale, offset = affine_of(self.norm, self.moments)
-        if self.bias is not None and not offset.is_meta:
-            offset = offset + scale * self.bias.double()
-        return scale.float(), offset.float()
+        return self.moments.affine(self.norm, torch.float32, self.bias)
 
 
 class CausalConv(nn.Module):

@@ -21,7 +21,7 @@ class Sum(NamedTuple):
     """A sum that the next operation takes, so that adding up costs no pass over memory of its own.
 
     Attributes:
-        x, branch: (B, C, S).
+        x, branch: (B, C, S), or grids (B, C, ...).
         bias: (C,).
     """
 
@@ -30,9 +30,9 @@ class Sum(NamedTuple):
     bias: Tensor | None = None
 
     def value(self) -> Tensor:
-        """The sum (B, C, S)."""
+        """The sum (B, C, ...)."""
         total = self.x if self.branch is None else self.x + self.branch
-        return total if self.bias is None else total + self.bias[:, None]
+        return total if self.bias is None else total + self.bias.view(-1, *[1] * (total.ndim - 2))
 
 
 def arrange(x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from fastvideo_vae_core.rehearsal import device_of
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Moments:
     """First two moments of a set of numbers: how many, their mean (B, G), and the sum of squared distances from it.
 
-    They are merged in float64, so that any number of tiles in any order loses nothing that float32 keeps.
+    They are merged in float64, so that any number of tiles loses nothing that float32 keeps.
     """
 
     size: int
     mean: Tensor
     spread: Tensor
+    # What `affine` has found.
+    _affines: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Moments:
@@ -40,15 +43,39 @@ class Moments(NamedTuple):
         size = grouped.shape[-1]
         return cls(size, rough.double() + rest.double(), variance.double() * size)
 
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together (Chan, Golub and LeVeque 1979)."""
-        size = self.size + other.size
+    @classmethod
+    def merged(cls, parts: Sequence[Moments]) -> Moments:
+        """Moments of all sets together (Chan, Golub and LeVeque 1979)."""
+        if len(parts) == 1:
+            return parts[0]
+        sizes = [part.size for part in parts]
+        size = sum(sizes)
+        if parts[0].mean.is_meta:
+            return cls(size, parts[0].mean, parts[0].spread)
+        means = [part.mean for part in parts]
+        mean = torch.stack(torch._foreach_mul(means, [each / size for each in sizes])).sum(0)
+        squares = [gap * gap for gap in torch._foreach_sub(means, [mean] * len(means))]
+        between = torch.stack(torch._foreach_mul(squares, sizes)).sum(0)
+        return cls(size, mean, torch.stack([part.spread for part in parts]).sum(0) + between)
+
+    def affine(self, norm: nn.GroupNorm, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm by these moments as y = x * scale + offset, (B, C) each, of numbers to which a bias (C) is still to
+        be added. Kept, because all tiles and pieces of a grid ask for it."""
+        key = norm, dtype, None if bias is None else id(bias)
+        if key not in self._affines:
+            self._affines[key] = self._new_affine(norm, dtype, bias)
+        return self._affines[key]
+
+    def _new_affine(self, norm: nn.GroupNorm, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.mean.is_meta:
-            return Moments(size, self.mean, self.spread)
-        gap = other.mean - self.mean
-        mean = self.mean + gap * (other.size / size)
-        spread = self.spread + other.spread + gap.square() * (self.size * other.size / size)
-        return Moments(size, mean, spread)
+            scale, offset = self.mean.new_empty(2, len(self.mean), norm.num_channels, dtype=dtype)
+            return scale, offset
+        channels = norm.num_channels // norm.num_groups
+        rstd = (self.spread / self.size + norm.eps).rsqrt()
+        scale = rstd.repeat_interleave(channels, dim=1) * norm.weight.double()
+        mean = self.mean.repeat_interleave(channels, dim=1)
+        moved = mean if bias is None else mean - bias.double()
+        return scale.to(dtype), (norm.bias.double() - moved * scale).to(dtype)
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, moments: Moments | None = None) -> Tensor:
@@ -59,7 +86,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, moments: Moments | None = None) ->
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     # y = x * scale + offset, one multiply-add an element, in at least float32 as PyTorch's own kernel does.
     compute = torch.promote_types(x.dtype, torch.float32)
-    scale, offset = (each.to(compute).view(*each.shape, *[1] * (x.ndim - 2)) for each in affine_of(norm, moments))
+    scale, offset = (each.view(*each.shape, *[1] * (x.ndim - 2)) for each in moments.affine(norm, compute))
     return torch.addcmul(offset, x.to(compute), scale).to(x.dtype)
 
 
@@ -72,9 +99,10 @@ def group_norm_act(
 ) -> Tensor:
     """Group norm and activation. The normalised tensor is new, so SiLU overwrites it unless a gradient needs it.
 
-    bias: (C), still to be added to x; it costs no pass over memory where `fuses`, unless there are moments.
+    bias: (C), still to be added to x, which the moments are those of behind it; it costs no pass over memory where
+        `fuses`.
     """
-    if bias is not None and (moments is not None or not fuses(x, norm, act)):
+    if bias is not None and not fuses(x, norm, act):
         x, bias = x + bias.view(-1, *[1] * (x.ndim - 2)), None
     if fuses(x, norm, act):
         return _fused(x, norm, moments, silu=True, bias=bias)
@@ -103,17 +131,6 @@ def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return ()
 
 
-def affine_of(norm: nn.GroupNorm, moments: Moments) -> tuple[Tensor, Tensor]:
-    """The norm by given moments as y = x * scale + offset, float64 (B, C) each."""
-    if moments.mean.is_meta:
-        scale, offset = moments.mean.new_empty(2, len(moments.mean), norm.num_channels)
-        return scale, offset
-    rstd = (moments.spread / moments.size + norm.eps).rsqrt()
-    channels = norm.num_channels // norm.num_groups
-    scale = rstd.repeat_interleave(channels, dim=1) * norm.weight.double()
-    return scale, norm.bias.double() - moments.mean.repeat_interleave(channels, dim=1) * scale
-
-
 def _on_gpu(x: Tensor) -> bool:
     """Whether the Triton kernels can take this: channels innermost, on a GPU, at most float32."""
     if device_of(x).type != "cuda" or not _TRITON or x.dtype == torch.float64:
@@ -133,8 +150,7 @@ def _fused(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool, b
     x = x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
     if moments is None:
         return kernels.group_norm_silu(x, norm, silu, bias)
-    scale, offset = affine_of(norm, moments)
-    return kernels.apply_affine(x, scale.float(), offset.float(), silu)
+    return kernels.apply_affine(x, *moments.affine(norm, torch.float32, bias), silu)
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -6,10 +6,16 @@ numbers so, and 2.5 TB/s of words (see `ops.nearest`). Where channels lie side b
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
+from fastvideo_vae_core.ops.conv1d import Sum
+from fastvideo_vae_core.rehearsal import device_of
+
 _WORD = torch.int64
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def copy_rows(into: Tensor, source: Tensor) -> None:
@@ -18,6 +24,25 @@ def copy_rows(into: Tensor, source: Tensor) -> None:
     if not differentiates and into.dtype == source.dtype and _in_words(into) and _in_words(source):
         into, source = into.view(_WORD), source.view(_WORD)
     into.copy_(source)
+
+
+def write_rows(into: Tensor, source: Sum) -> bool:
+    """Write a sum of rows of channels (..., C) into others of their shape in one pass, if a kernel takes them: in 16
+    bits on a GPU, where there is nothing to differentiate."""
+    if device_of(into).type != "cuda" or not _TRITON or into.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    given = [each for each in (source.x, source.branch) if each is not None]
+    if any(each.dtype != into.dtype for each in given):
+        return False
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in source):
+        return False
+    # Imported here because Triton takes a second to import and only GPUs need it.
+    from fastvideo_vae_core.ops.kernels import rows
+
+    if not rows.takes(into, *given):
+        return False
+    rows.write(into, source.x, source.bias, source.branch)
+    return True
 
 
 def _in_words(rows: Tensor) -> bool:

@@ -20,6 +20,7 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.attention import GridAttention
+from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.norm import Moments, formulation, fuses, group_norm_act, plus
@@ -266,14 +267,14 @@ class ResnetBlock(nn.Module):
     def steps(self, name: str) -> Iterator[Step]:
         yield Step(
             name=f"{name}.conv1",
-            run=lambda grids, moments: self._first(grids[0], moments),
+            run=lambda grids, moments: self._first_step(grids[0], moments),
             axes=_CONV,
             writes="residual",
             norm=self.norm1,
         )
         yield Step(
             name=f"{name}.conv2",
-            run=lambda grids, moments: self._second(grids[0], grids[1], moments),
+            run=lambda grids, moments: self._second_step(grids[0], grids[1], moments),
             axes=_CONV,
             reads=("residual", "x"),
             norm=self.norm2,
@@ -285,6 +286,17 @@ class ResnetBlock(nn.Module):
     def _second(self, residual: Tensor, x: Tensor, moments: Moments | None) -> Tensor:
         # The convolution's result is new, so the sum needs no further buffer.
         return self.conv2(group_norm_act(residual, self.norm2, self.act, moments)).add_(self.conv_shortcut(x))
+
+    def _first_step(self, x: Tensor, moments: Moments | None) -> Tensor | Sum:
+        if not fuses(x, self.norm1, self.act):
+            return self._first(x, moments)
+        return Sum(_unbiased(group_norm_act(x, self.norm1, self.act, moments), self.conv1), bias=self.conv1.bias)
+
+    def _second_step(self, residual: Tensor, x: Tensor, moments: Moments | None) -> Tensor | Sum:
+        if not fuses(residual, self.norm2, self.act):
+            return self._second(residual, x, moments)
+        made = _unbiased(group_norm_act(residual, self.norm2, self.act, moments), self.conv2)
+        return Sum(made, self.conv_shortcut(x), self.conv2.bias)
 
 
 class Downsample(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastvideo_vae_core.ops.attention import FrameCausalAttention, GridAttention
 from fastvideo_vae_core.ops.causal import rows_of
 from fastvideo_vae_core.ops.clip import CausalConv, Clip, Pointwise, Reading, Run, convolved, upsampled
+from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.norm import Moments
 from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
@@ -160,7 +161,7 @@ class ResnetBlock(nn.Module):
     def steps(self, name: str, run: Run) -> Iterator[Step]:
         yield Step(
             name=f"{name}.conv1",
-            run=lambda grids, moments: self._first(*_known(grids[0], self.norm1, run, moments)).joined(),
+            run=lambda grids, moments: self._first(*_known(grids[0], self.norm1, run, moments)).pending(),
             axes=_CONV,
             writes="residual",
             norm=self.norm1,
@@ -194,9 +195,12 @@ class ResnetBlock(nn.Module):
             made.append(_plus(piece, bias, _next(skip, piece.shape[2])))
         return Clip(made)
 
-    def _step(self, residual: Tensor, x: Tensor, run: Run, moments: Moments | None) -> Tensor:
+    def _step(self, residual: Tensor, x: Tensor, run: Run, moments: Moments | None) -> Tensor | Sum:
         clip, run, moments = _known(residual, self.norm2, run, moments)
-        return self._second(clip, [self.conv_shortcut(x)], run, moments).joined()
+        if not _fuses(clip, self.norm2, self.conv2, run):
+            return self._second(clip, [self.conv_shortcut(x)], run, moments).joined()
+        pieces = list(convolved(clip, self.conv2, run, Reading(self.norm2, moments), bias=False))
+        return Sum(Clip(pieces).joined(), self.conv_shortcut(x), self.conv2.conv.bias)
 
 
 class Downsample(nn.Module):

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.norm import Moments
 
-# Elements that a program holds at a time, and programs an image is cut into: enough to fill any GPU, few enough that
-# the partial moments stay small.
+# Elements that a program writes.
 _TILE = 8192
-_PROGRAMS = 512
-# Channels of a group, where there are not more, for which one program is compiled.
-_WIDEST = 16
+# Elements that a program reads at a time for statistics, and programs an image is cut into: enough to fill any GPU with
+# several on each of its processors, few enough that the partial moments stay small.
+_READ = 4096
+_PROGRAMS = 1024
+# Channels of a group, where there are not more, for which one program is compiled; and partial moments at a time.
+_WIDEST, _CHUNK = 16, 64
 
 
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm, silu: bool, bias: Tensor | None = None) -> Tensor:
@@ -46,31 +48,36 @@ def apply_affine(x: Tensor, scale_BC: Tensor, offset_BC: Tensor, silu: bool) -> 
 def moments(x: Tensor, groups: int, bias: Tensor | None = None) -> Moments:
     """Moments of x (B, C, ...), in channels-last layout, with a bias (C) added to it; float64 from the sums of a few
     thousand rows on."""
-    if x.is_meta:
-        mean, spread = x.new_empty(2, x.shape[0], groups, dtype=torch.float64)
-        return Moments(x[0].numel() // groups, mean, spread)
-    rows_BNC = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
-    partial, share = _partial_moments(rows_BNC)
-    means_BPC, spreads_BPC = partial.double()
-    rows, programs = rows_BNC.shape[1], means_BPC.shape[1]
-    if bias is not None:
-        means_BPC = means_BPC + bias.double()
-    # Every program has its share, but for the last one.
-    sizes_P = torch.full((programs,), float(share), dtype=torch.float64, device=x.device)
-    sizes_P[-1:] = rows - share * (programs - 1)
-    means_BPGW, spreads_BPGW = (each.unflatten(-1, (groups, -1)) for each in (means_BPC, spreads_BPC))
-    weights_P = (sizes_P / rows).view(-1, 1, 1)
-    means_BG = (means_BPGW * weights_P).sum(1).mean(-1)
-    gaps_BPGW = means_BPGW - means_BG[:, None, :, None]
-    spreads_BG = (spreads_BPGW + gaps_BPGW.square() * sizes_P.view(-1, 1, 1)).sum((1, 3))
-    return Moments(rows * (x.shape[1] // groups), means_BG, spreads_BG)
+    batch, channels = x.shape[:2]
+    found = torch.empty((2, batch, groups), dtype=torch.float64, device=x.device)
+    width = channels // groups
+    if not x.is_meta:
+        rows_BNC = x.movedim(1, -1).reshape(batch, -1, channels)
+        partial, share = _partial_moments(rows_BNC)
+        _group_kernel[(groups, batch)](
+            partial[0],
+            partial[1],
+            partial if bias is None else bias,
+            found[0],
+            found[1],
+            rows_BNC.shape[1],
+            share,
+            partial.shape[2],
+            channels,
+            width,
+            bias is not None,
+            _width_block(width),
+            _CHUNK,
+            num_warps=4,
+        )
+    return Moments(x[0].numel() // groups, found[0], found[1])
 
 
 def _partial_moments(rows_BNC: Tensor) -> tuple[Tensor, int]:
     """Means and spreads (2, B, P, C) of the channels in each program's share of the rows, and how many rows that is."""
     batch, rows, channels = rows_BNC.shape
     block = _block(channels)
-    tile = max(_TILE // block, 1)
+    tile = max(_READ // block, 1)
     share = triton.cdiv(triton.cdiv(rows, min(_PROGRAMS, triton.cdiv(rows, tile))), tile) * tile
     programs = triton.cdiv(rows, share)
     partial = torch.empty((2, batch, programs, channels), dtype=torch.float32, device=rows_BNC.device)
@@ -104,9 +111,9 @@ def _affine(rows_BNC: Tensor, norm: nn.GroupNorm, bias: Tensor | None) -> tuple[
             norm.eps,
             width,
             bias is not None,
-            max(int(triton.next_power_of_2(width)), _WIDEST),
-            _PROGRAMS,
-            num_warps=8,
+            _width_block(width),
+            _CHUNK,
+            num_warps=4,
         )
     return affine[0], affine[1]
 
@@ -115,35 +122,73 @@ def _block(channels: int) -> int:
     return int(triton.next_power_of_2(channels))
 
 
+def _width_block(width: int) -> int:
+    return max(int(triton.next_power_of_2(width)), _WIDEST)
+
+
 @triton.jit(do_not_specialize=["rows", "share"])
 def _moments_kernel(x, means, spreads, rows, share, channels: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and spread of each channel over this program's share of the rows, tile by tile (Chan's merge)."""
+    """Mean and spread of each channel over this program's share of the rows.
+
+    Each position of a tile has moments of its own (Welford 1962), which are merged at the end: a merge at each tile
+    would leave the memory waiting.
+    """
     program, item = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, BLOCK)
-    inside = column < channels
+    inside = (column < channels)[None, :]
     first = program * share
-    last = tl.minimum(first + share, rows)
+    number = tl.minimum(rows - first, share)
+    base = x + (item.to(tl.int64) * rows + first) * channels
+    row = tl.arange(0, TILE)
+    at = row[:, None] * channels + column[None, :]
+    mean = tl.zeros((TILE, BLOCK), tl.float32)
+    spread = tl.zeros((TILE, BLOCK), tl.float32)
     size = 0.0
-    mean = tl.zeros((BLOCK,), tl.float32)
-    spread = tl.zeros((BLOCK,), tl.float32)
-    base = x + item.to(tl.int64) * rows * channels
-    for start in range(first, last, TILE):
-        row = start + tl.arange(0, TILE)
-        mask = (row < last)[:, None] & inside[None, :]
-        at = row.to(tl.int64)[:, None] * channels + column[None, :]
-        values = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(last - start, TILE).to(tl.float32)
-        own_mean = tl.sum(values, 0) / count
-        centred = tl.where(mask, values - own_mean[None, :], 0.0)
-        own_spread = tl.sum(centred * centred, 0)
-        gap = own_mean - mean
-        total = size + count
-        mean += gap * (count / total)
-        spread += own_spread + gap * gap * (size * count / total)
-        size = total
+    for _ in range(number // TILE):
+        values = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+        gap = values - mean
+        size += 1.0
+        mean += gap * (1.0 / size)
+        spread += gap * (values - mean)
+        base += TILE * channels
+    # Of the rows that are left not every position has one.
+    more = row < number % TILE
+    mask = more[:, None] & inside
+    values = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+    gap = tl.where(mask, values - mean, 0.0)
+    mean += gap * (1.0 / (size + 1.0))
+    spread += gap * (values - mean)
+    sizes = (size + more.to(tl.float32))[:, None]
+    merged = tl.sum(mean * sizes, 0) / number.to(tl.float32)
+    gap = mean - merged[None, :]
     out = (item * tl.num_programs(0) + program) * channels + column
-    tl.store(means + out, mean, mask=inside)
-    tl.store(spreads + out, spread, mask=inside)
+    tl.store(means + out, merged, mask=column < channels)
+    tl.store(spreads + out, tl.sum(spread + gap * gap * sizes, 0), mask=column < channels)
+
+
+@triton.jit(do_not_specialize=["rows", "share", "programs", "channels", "width", "shifted"])
+def _group_kernel(
+    means,
+    spreads,
+    shift,
+    group_means,
+    group_spreads,
+    rows,
+    share,
+    programs,
+    channels,
+    width,
+    shifted,
+    WIDTH_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The moments of a group."""
+    mean, spread = _moments_of_group(
+        means, spreads, shift, rows, share, programs, channels, width, shifted, WIDTH_BLOCK, CHUNK
+    )
+    out = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(group_means + out, mean)
+    tl.store(group_spreads + out, spread)
 
 
 @triton.jit(do_not_specialize=["rows", "share", "programs", "channels", "width", "shifted"])
@@ -163,30 +208,66 @@ def _merge_kernel(
     width,
     shifted,
     WIDTH_BLOCK: tl.constexpr,
-    PROGRAMS_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """The moments of a group from those of its channels and programs, then the norm as scale and offset; of the numbers
-    with a shift of each channel added, if they are shifted."""
+    """The norm of a group as scale and offset for each channel."""
     group, item = tl.program_id(0), tl.program_id(1)
-    program = tl.arange(0, PROGRAMS_BLOCK)
+    mean, spread = _moments_of_group(
+        means, spreads, shift, rows, share, programs, channels, width, shifted, WIDTH_BLOCK, CHUNK
+    )
     column = tl.arange(0, WIDTH_BLOCK)
-    mask = (program < programs)[:, None] & (column < width)[None, :]
-    at = (item * programs + program)[:, None] * channels + group * width + column[None, :]
-    sizes = tl.minimum(rows - program * share, share).to(tl.float32)[:, None]
     channel = group * width + column
     inside = column < width
-    moved = tl.load(shift + channel, mask=inside & (shifted != 0), other=0.0).to(tl.float32)
-    values = tl.load(means + at, mask=mask, other=0.0) + moved[None, :]
-    total = rows.to(tl.float32) * width
-    mean = tl.sum(tl.sum(tl.where(mask, values * sizes, 0.0), 1), 0) / total
-    gap = values - mean
-    inner = tl.load(spreads + at, mask=mask, other=0.0)
-    spread = tl.sum(tl.sum(tl.where(mask, inner + gap * gap * sizes, 0.0), 1), 0)
-    rstd = 1.0 / tl.sqrt(spread / total + eps)
-    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * rstd
-    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) + (moved - mean) * scale
-    tl.store(scales + item * channels + channel, scale, mask=inside)
-    tl.store(offsets + item * channels + channel, offset, mask=inside)
+    variance = spread / (rows.to(tl.float64) * width)
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float64) * rstd
+    moved = tl.load(shift + channel, mask=inside & (shifted != 0), other=0.0).to(tl.float64)
+    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float64) + (moved - mean) * scale
+    tl.store(scales + item * channels + channel, scale.to(tl.float32), mask=inside)
+    tl.store(offsets + item * channels + channel, offset.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _moments_of_group(
+    means,
+    spreads,
+    shift,
+    rows,
+    share,
+    programs,
+    channels,
+    width,
+    shifted,
+    WIDTH_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Mean and spread of this program's group from those of its channels in each share of the rows; of the numbers with
+    a shift of each channel added, if they are shifted. In float64, as there are few of them."""
+    group, item = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, WIDTH_BLOCK)
+    inside = column < width
+    channel = group * width + column
+    moved = tl.load(shift + channel, mask=inside & (shifted != 0), other=0.0).to(tl.float64)
+    sums = tl.zeros((WIDTH_BLOCK,), tl.float64)
+    for start in range(0, programs, CHUNK):
+        program = start + tl.arange(0, CHUNK)
+        mask = (program < programs)[:, None] & inside[None, :]
+        at = (item * programs + program)[:, None] * channels + channel[None, :]
+        sizes = tl.minimum(rows - program * share, share).to(tl.float64)[:, None]
+        values = tl.load(means + at, mask=mask, other=0.0).to(tl.float64)
+        sums += tl.sum(values * sizes, 0)
+    count = rows.to(tl.float64)
+    mean = tl.sum(sums + moved * count, 0) / (count * width)
+    spread = tl.zeros((WIDTH_BLOCK,), tl.float64)
+    for start in range(0, programs, CHUNK):
+        program = start + tl.arange(0, CHUNK)
+        mask = (program < programs)[:, None] & inside[None, :]
+        at = (item * programs + program)[:, None] * channels + channel[None, :]
+        sizes = tl.minimum(rows - program * share, share).to(tl.float64)[:, None]
+        gap = tl.load(means + at, mask=mask, other=0.0).to(tl.float64) + moved[None, :] - mean
+        inner = tl.load(spreads + at, mask=mask, other=0.0).to(tl.float64)
+        spread += tl.sum(tl.where(mask, inner + gap * gap * sizes, 0.0), 0)
+    return mean, tl.sum(spread, 0)
 
 
 @triton.jit(do_not_specialize=["rows"])
