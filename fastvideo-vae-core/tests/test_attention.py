@@ -148,6 +148,22 @@ class TestBlocks:
                 attention(q, k, k)
         assert len(calls) == (2 if wide else 1 if "gradient" in change else 0)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        ("leading", "positions", "channels"), [((1, 1), 16384, 512), ((2, 3), 1560, 640), ((1, 1), 15625, 512)]
+    )
+    def test_on_a_gpu_they_are_as_close_as_the_fused_kernel(
+        self, leading: tuple[int, int], positions: int, channels: int, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, *leading, positions, channels, dtype=dtype, device="cuda").unbind()
+        q = 2 * q
+        exact = F.scaled_dot_product_attention(q[..., -99:, :].double(), k.double(), v.double())
+        fused = distance(F.scaled_dot_product_attention(q, k, v)[..., -99:, :], exact)
+        for row in (4096, 16384):
+            assert distance(in_blocks(q, k, v, row=row)[..., -99:, :], exact) < 1.03 * fused
+
 
 def distance(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
