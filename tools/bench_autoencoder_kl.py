@@ -15,12 +15,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench_tools import Options, attempt, busiest, cudnn_benchmark, error, measure, run_parts, timed
 from fastvideo_vae_autoencoder_kl import SDXL, AutoencoderKL
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.graphs import Captured
+from fastvideo_vae_core.ops.attention import in_blocks, prefix_attention
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.norm import group_norm_act
 
@@ -38,6 +38,18 @@ CONVOLUTIONS = [
     (128, 128, 1024, 5),
     (128, 3, 1024, 1),
 ]
+# Items, positions and channels of heads; a picture's sides need not make a number of positions that is even.
+HEADS = {
+    "SDXL 1024²": (1, 128**2, 512),
+    "SDXL 1000²": (1, 125**2, 512),
+    "SDXL 512²": (1, 64**2, 512),
+    "SDXL 256²": (1, 32**2, 512),
+    "SDXL 2048²": (1, 256**2, 512),
+    "Wan 2.1 480 x 832": (21, 60 * 104, 384),
+    "Wan 2.2 480 x 832": (21, 30 * 52, 1024),
+    "Wan 2.2 704 x 1280": (21, 44 * 80, 1024),
+}
+SMALL_HEADS = {"even": (1, 128, 320), "odd": (3, 125, 320)}
 UPSAMPLINGS = [(512, 128), (512, 256), (256, 512)]
 
 
@@ -77,36 +89,95 @@ def profile(options: Options) -> None:
 
 
 def attention(options: Options) -> None:
-    """One head of 512 channels over 128 x 128 positions: PyTorch's kernels, and plain products in blocks of queries."""
-    positions, channels = (64, 16) if options.small else (128**2, 512)
-    q, k, v = torch.randn(3, 1, 1, positions, channels, device=options.device, dtype=BF16)
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    ways: dict[str, Callable[[], Tensor]] = {"default": lambda: F.scaled_dot_product_attention(q, k, v)}
-    for rows in (1024, 2048, 4096, positions):
-        for wide in (False, True):
-            name = f"blocks of {rows}, scores in {'float32' if wide else 'bfloat16'}"
-            ways[name] = partial(in_blocks, q, k, v, rows, wide=wide)
-    for name, way in ways.items():
-        ms = attempt(way)
-        rate = 4 * positions**2 * channels / ms / 1e9
-        print(f"{name:40} {ms:8.3f} ms {rate:6.0f} TFLOP/s", end="")
-        print(f"  distance {error(way(), exact):.1e}" if ms == ms else "", flush=True)
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        with sdpa_kernel(backend):
-            print(f"{backend.name.lower():40} {attempt(lambda: F.scaled_dot_product_attention(q, k, v)):8.3f} ms")
+    """One head of 512 channels over 128 x 128 and 256 x 256 positions, and as other families have it: fused kernels of
+    PyTorch, what is shipped, and the products in other blocks, with PyTorch's softmax, and alone."""
+    for name, (items, positions, channels) in SMALL_HEADS.items() if options.small else HEADS.items():
+        q, k, v = torch.randn(3, items, 1, positions, channels, device=options.device, dtype=BF16)
+        ways: dict[str, Callable[[], Tensor]] = {
+            "fused, PyTorch's choice": partial(F.scaled_dot_product_attention, q, k, v),
+            "shipped": partial(in_blocks, q, k, v),
+        }
+        if positions == 128**2 or options.small:
+            for size in (32, 64, 256, 512):
+                ways[f"blocks of {size} MiB"] = partial(in_blocks, q, k, v, scores=size << 20)
+            for row in (4096, 8192):
+                ways[f"rows of {row} keys"] = partial(in_blocks, q, k, v, row=row)
+            for rows in (1024, 2048, 4096):
+                ways[f"PyTorch's softmax, {rows} queries"] = partial(with_softmax, q, k, v, rows)
+        elif positions == 256**2:
+            ways["blocks of 256 MiB"] = partial(in_blocks, q, k, v, scores=256 << 20)
+        compare(name, ways, q, k, v)
+        if positions == 128**2 or options.small:
+            products(q, k, v)
+    frames, frame, channels = (2, 64, 320) if options.small else (9, 88 * 152, 512)
+    q, k, v = torch.randn(3, 1, 1, frames * frame, channels, device=options.device, dtype=BF16)
+
+    def fused() -> Tensor:
+        ends = range(frame, frames * frame + 1, frame)
+        parts = zip(q.split(frame, dim=-2), ends, strict=True)
+        return torch.cat(
+            [F.scaled_dot_product_attention(part, k[..., :end, :], v[..., :end, :]) for part, end in parts], -2
+        )
+
+    ways = {"fused, PyTorch's choice": fused, "shipped": lambda: prefix_attention(q, k, v, frame)}
+    compare("GameCraft's prefixes", ways, q, k, v, share=(frames + 1) / (2 * frames))
 
 
-def in_blocks(q: Tensor, k: Tensor, v: Tensor, rows: int, *, wide: bool) -> Tensor:
-    """Attention as two products with a softmax between, for some queries at a time; `wide` scores are in float32."""
+def compare(
+    name: str, ways: dict[str, Callable[[], Tensor]], q: Tensor, k: Tensor, v: Tensor, share: float = 1.0
+) -> None:
+    """Times, rates, memory, and the distance to float64 of the last queries, which see all keys.
+
+    share: how much of all pairs of positions is computed.
+    """
+    print(f"{name}: {tuple(q.shape)}")
+    seen = slice(-64, None)
+    exact = F.scaled_dot_product_attention(q[:1, ..., seen, :].double(), k[:1].double(), v[:1].double())
+    operations = 4 * q.numel() * k.shape[-2] * share
+    for way, run in ways.items():
+        ms, extra = attempt(run), 0.0
+        if torch.cuda.is_available() and ms == ms:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+        print(f"  {way:35} {ms:8.3f} ms {operations / ms / 1e9:6.0f} TFLOP/s {extra:6.0f} MiB", end="")
+        print(f"  distance {error(run()[:1, ..., seen, :], exact):.2e}" if ms == ms else "", flush=True)
+
+
+def products(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The two products alone, for all queries in blocks: the second also with its sum cut, so that small blocks fill
+    the device. Weights have gaps between their rows, as in what is shipped."""
+    queries, (positions, channels) = q[0, 0], k.shape[-2:]
+    for rows in (1024, 2048, 4096):
+        scores = q.new_empty(rows, positions, dtype=torch.float32)
+        weights = q.new_empty(rows, 2 * positions).uniform_()[:, :positions]
+        for cuts in (0, 1, 2, 4):
+
+            def run() -> None:
+                for asked in queries.split(rows):
+                    if not cuts:
+                        torch.mm(asked, k[0, 0].T, out_dtype=torch.float32, out=scores)
+                        continue
+                    parts = weights.unflatten(1, (cuts, -1)).transpose(0, 1)
+                    torch.bmm(parts, v[0, 0].unflatten(0, (cuts, -1)), out_dtype=torch.float32)
+
+            ms = attempt(run)
+            what = f"weights by values in {cuts}" if cuts else "queries by keys"
+            rate = 2 * positions**2 * channels / ms / 1e9
+            print(f"  {what + f', blocks of {rows}':35} {ms:8.3f} ms {rate:6.0f} TFLOP/s", flush=True)
+
+
+def with_softmax(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+    """Two products for some queries at a time, with PyTorch's softmax in float32 between."""
     made = torch.empty_like(q)
-    keys = k[0, 0].T
     for asked, into in zip(q[0, 0].split(rows), made[0, 0].split(rows), strict=True):
         asked = asked * q.shape[-1] ** -0.5
-        if wide and asked.is_cuda:
-            scores = torch.mm(asked, keys, out_dtype=torch.float32).softmax(-1)
+        if asked.is_cuda:
+            scores = torch.mm(asked, k[0, 0].T, out_dtype=torch.float32)
         else:
-            scores = (asked @ keys).softmax(-1, dtype=torch.float32 if wide else None)
-        torch.mm(scores.to(q.dtype), v[0, 0], out=into)
+            scores = asked.float() @ k[0, 0].T.float()
+        torch.mm(scores.softmax(-1).to(q.dtype), v[0, 0], out=into)
     return made
 
 

@@ -74,10 +74,10 @@ def profile(options: Options) -> None:
 
 
 def attention(options: Options) -> None:
-    """Nine frames of 88 x 152: a fused kernel for each prefix, or products in blocks of queries."""
+    """Nine frames of 88 x 152: what is shipped for each prefix, or products in blocks of queries."""
     frames, frame, width = (2, 6, 16) if options.small else (9, 88 * 152, 512)
     q, k, v = (torch.randn(1, 1, frames * frame, width, device=options.device, dtype=BF16) for _ in range(3))
-    ways: dict[str, Callable[[], Tensor]] = {"fused": lambda: prefix_attention(q, k, v, frame)}
+    ways: dict[str, Callable[[], Tensor]] = {"shipped": lambda: prefix_attention(q, k, v, frame)}
     for rows in (512, 2048):
         ways[f"blocks of {rows}"] = lambda: in_blocks(q, k, v, frame, rows)
     exact = prefix_attention(q[..., : 2 * frame, :].float(), k.float(), v.float(), frame)

@@ -62,6 +62,33 @@ with torch.no_grad():
 print(json.dumps(errors))
 """
 
+_ATTENTION = """
+import json, math, torch, torch.nn.functional as F
+from fastvideo_vae_core.ops import attention
+from fastvideo_vae_core.ops.kernels.attention import weigh_
+
+def weighed(scores, keys, *rest):
+    made = weigh_(scores, keys, rest[0] * math.log2(math.e), *rest[1:])
+    assert not made[..., keys : scores.shape[-1]].any()
+    return made[..., :keys]
+
+torch.manual_seed(0)
+errors = {}
+plain = attention._weigh
+for dtype in (torch.float16, torch.bfloat16):
+    for leading, keys, row in (((1, 1), 200, 256), ((2, 1), 300, 128), ((1, 1), 3000, 16384)):
+        q = 2 * torch.randn(*leading, 150, 320).to(dtype)
+        k, v = torch.randn(2, *leading, keys, 320).to(dtype)
+        made = {}
+        for name, way in (("kernel", weighed), ("plain", plain)):
+            attention._weigh = way
+            made[name] = attention.in_blocks(q, k, v, row=row)
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        for name, each in made.items():
+            errors[f"{dtype} {leading} {keys} {name}"] = float((each - exact).norm() / exact.norm())
+print(json.dumps(errors))
+"""
+
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
@@ -72,12 +99,23 @@ def test_kernels_equal_their_definitions() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
+def test_weights_of_attention_equal_their_definition() -> None:
+    errors = interpreted(_ATTENTION)
+    assert len(errors) == 12
+    for name, error in errors.items():
+        # The interpreter cuts bfloat16 off where GPUs round, which sums of the cut numbers make up for in part.
+        most = 1.05 if "float16 " in name and "bfloat16" not in name else 1.5
+        assert error < most * errors[name.replace("kernel", "plain")], errors
+        assert error < (3e-4 if most < 1.5 else 4e-3), errors
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_sizes_share_their_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program takes half a second to compile on the first call, so many sizes share one."""
     from triton.runtime.jit import JITFunction
 
     from fastvideo_vae_core.ops.causal import Window
-    from fastvideo_vae_core.ops.kernels import clip, group_norm, rms_norm
+    from fastvideo_vae_core.ops.kernels import attention, clip, group_norm, rms_norm
 
     programs: set[object] = set()
 
@@ -110,12 +148,18 @@ def test_sizes_share_their_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         rms_norm.add_(rows, bias, rows)
         norm = nn.GroupNorm(16, channels, device="meta")
         group_norm.group_norm_silu(rows.movedim(-1, 1), norm, True)
+    for pitch in (1024, 1600, 2048, 6272, 13376, 16384):
+        for first in (True, False):
+            scores, state = torch.empty(1, 128, pitch, device="meta"), torch.empty(3, 1, 128, device="meta").unbind()
+            attention.weigh_(scores, pitch - 9, 0.1, torch.bfloat16, *state, first)
     names = [key[0] for key in programs if isinstance(key, tuple)]
     assert {name: names.count(name) for name in names} == {
         "_norm_silu_kernel": 1,
         "_add_kernel": 1,
         "_fill_kernel": 1,
         "_merge_kernel": 1,
+        # Up to 2048 keys in a row, 8192 and 16384.
+        "_weigh_kernel": 3,
         # One for each number of channels, of which a network has few.
         "_moments_kernel": 3,
         "_affine_silu_kernel": 3,

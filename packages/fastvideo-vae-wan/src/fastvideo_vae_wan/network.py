@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo_vae_core.errors import ConfigError
+from fastvideo_vae_core.ops.attention import attention
 from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, rows_of, stack, unstack
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
@@ -204,7 +205,7 @@ class Attention(nn.Module):
         qkv = F.linear(self.norm(everything), self.to_qkv.weight.flatten(1), self.to_qkv.bias).movedim(-1, 1)
         q, k, v = qkv.chunk(3, dim=1)
         q, k, v = (rows_of(each).flatten(2, 3) for each in (cache.own(q), k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attention(q, k, v)
         mixed = F.linear(mixed, self.proj.weight.flatten(1), self.proj.bias)
         return (mixed.view_as(rows) + rows).movedim(-1, 1)
 
