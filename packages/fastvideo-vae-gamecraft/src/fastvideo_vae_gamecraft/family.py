@@ -33,4 +33,6 @@ FAMILY = Family(
             infer=f"{_PACKAGE}.checkpoint:infer",
         ),
     ),
+    demo="demo",
+    demo_media="demo/clip.mp4",
 )
