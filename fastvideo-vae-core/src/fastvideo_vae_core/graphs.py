@@ -55,7 +55,12 @@ class Captured(Generic[Posterior]):
             self._done = torch.cuda.Event()
 
     def __call__(self, x: Tensor) -> Any:
-        """What the model's `encode` or `decode` gives for x."""
+        """What the model's `encode` or `decode` gives for x, which they would take.
+
+        Raises:
+            ConfigError: the graph is for inputs of another shape.
+        """
+        x = self._vae._as_planned(x)
         if tuple(x.shape) != self.plan.input_shape:
             raise ConfigError(f"the graph is for {self.plan.input_shape}, got {tuple(x.shape)}; make a new one")
         with self._lock, torch.cuda.device(self.plan.device):
@@ -66,6 +71,8 @@ class Captured(Generic[Posterior]):
             self._done.record()
         if self.plan.retry and not bool(result.isfinite().all()):
             result = self._vae._run(self.plan.direction, x, self.plan)
+        else:
+            result = self._vae._finish(self.plan.direction, result)
         if self.plan.direction == "decode":
             return DecoderOutput(result)
         return EncoderOutput(self._vae.posterior(result))
