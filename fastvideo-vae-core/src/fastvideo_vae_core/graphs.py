@@ -40,7 +40,7 @@ class Captured(Generic[Posterior]):
         self.plan = plan
         self._vae = vae
         self._lock = threading.Lock()
-        self._input = torch.zeros(plan.input_shape, dtype=vae._half_dtype(plan.direction), device=plan.device)
+        self._input = _input_of(plan, vae._half_dtype(plan.direction))
         with torch.no_grad(), torch.cuda.device(plan.device):
             # Libraries choose their kernels in the first calls, which must not be recorded.
             stream = torch.cuda.Stream()
@@ -76,3 +76,8 @@ class Captured(Generic[Posterior]):
         if self.plan.direction == "decode":
             return DecoderOutput(result)
         return EncoderOutput(self._vae.posterior(result))
+
+
+def _input_of(plan: Plan, dtype: torch.dtype) -> Tensor:
+    """What a graph reads from."""
+    return torch.zeros(plan.input_shape, dtype=dtype, device=plan.device)

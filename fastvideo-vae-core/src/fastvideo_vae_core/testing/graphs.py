@@ -9,7 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
+from fastvideo_vae_core import graphs
 from fastvideo_vae_core.graphs import Captured
 from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -30,14 +32,15 @@ def captured_on_cpu(vae: ParallelTiledVAE[Any], plan: Plan) -> Captured[Any]:
 
 @contextlib.contextmanager
 def without_a_gpu() -> Iterator[None]:
-    """Within it, streams, events and graphs do nothing, and what is made for a GPU is made on the CPU."""
-    zeros, nothing = torch.zeros, contextlib.nullcontext()
+    """Within it, streams, events and graphs do nothing, and the inputs of graphs are on the CPU."""
+
+    def on_cpu(plan: Plan, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(plan.input_shape, dtype=dtype)
+
     with contextlib.ExitStack() as stack:
         for name in ("Stream", "current_stream", "CUDAGraph", "Event"):
             stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock()))
         for name in ("device", "stream", "graph"):
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *args: nothing))
-        stack.enter_context(
-            mock.patch.object(torch, "zeros", lambda *sizes, device=None, **options: zeros(*sizes, **options))
-        )
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=contextlib.nullcontext()))
+        stack.enter_context(mock.patch.object(graphs, "_input_of", on_cpu))
         yield
