@@ -40,7 +40,7 @@ class Captured(Generic[Posterior]):
         self.plan = plan
         self._vae = vae
         self._lock = threading.Lock()
-        self._input = torch.zeros(plan.input_shape, dtype=vae._half_dtype(plan.direction), device=plan.device)
+        self._input = _input_of(plan, vae._half_dtype(plan.direction))
         with torch.no_grad(), torch.cuda.device(plan.device):
             # Libraries choose their kernels in the first calls, which must not be recorded.
             stream = torch.cuda.Stream()
@@ -55,7 +55,12 @@ class Captured(Generic[Posterior]):
             self._done = torch.cuda.Event()
 
     def __call__(self, x: Tensor) -> Any:
-        """What the model's `encode` or `decode` gives for x."""
+        """What the model's `encode` or `decode` gives for x, which they would take.
+
+        Raises:
+            ConfigError: the graph is for inputs of another shape.
+        """
+        x = self._vae._as_planned(x)
         if tuple(x.shape) != self.plan.input_shape:
             raise ConfigError(f"the graph is for {self.plan.input_shape}, got {tuple(x.shape)}; make a new one")
         with self._lock, torch.cuda.device(self.plan.device):
@@ -66,6 +71,13 @@ class Captured(Generic[Posterior]):
             self._done.record()
         if self.plan.retry and not bool(result.isfinite().all()):
             result = self._vae._run(self.plan.direction, x, self.plan)
+        else:
+            result = self._vae._finish(self.plan.direction, result)
         if self.plan.direction == "decode":
             return DecoderOutput(result)
         return EncoderOutput(self._vae.posterior(result))
+
+
+def _input_of(plan: Plan, dtype: torch.dtype) -> Tensor:
+    """What a graph reads from."""
+    return torch.zeros(plan.input_shape, dtype=dtype, device=plan.device)

@@ -381,7 +381,12 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         return self
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
+        x = self._as_planned(x)
         return execution.run(self, self._matching(direction, x, plan), x, progress)
+
+    def _as_planned(self, x: Tensor) -> Tensor:
+        """What is given to a call in the shape that plans have; the same again of what is in that shape already."""
+        return x
 
     def _matching(self, direction: Direction, x: Tensor, plan: Plan | None) -> Plan:
         """The plan, which must be for this call, or one made for it."""

@@ -278,7 +278,7 @@ def errors_of(golden: Any, model: Any, case: Mapping[str, Any], float64: bool = 
 def answer(model: Any, x: Tensor, output: str, case: Mapping[str, Any]) -> Tensor:
     """An output under its name in the golden files, which are of official networks that normalise inside."""
     if isinstance(model, LTX2Vocoder):
-        return model(x) if output == "decode" else model.vocoder(model._flat(x))
+        return model(x) if output == "decode" else model.vocoder(model._as_planned(x))
     tiles = tiles_of(case)
     match output:
         case "mel":

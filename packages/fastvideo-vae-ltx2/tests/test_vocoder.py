@@ -12,6 +12,7 @@ import fastvideo_vae_core as fvae
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops import conv1d as ops
 from fastvideo_vae_core.testing.golden import make_input
+from fastvideo_vae_core.testing.graphs import captured_on_cpu, without_a_gpu
 from fastvideo_vae_core.testing.parity import assert_close, relative_error
 from fastvideo_vae_ltx2 import LTX20_VOCODER, LTX23_VOCODER, LTX2Vocoder
 from fastvideo_vae_ltx2 import vocoder as network
@@ -83,6 +84,20 @@ def test_sizes(vocoder: LTX2Vocoder) -> None:
         with pytest.raises(fvae.ShapeError):
             vocoder(wrong)
     assert torch.equal(vocoder.decode(mel).sample, vocoder.decode(mel, return_dict=False)[0])
+
+
+def test_a_graph_takes_what_decode_takes(vocoder: LTX2Vocoder) -> None:
+    """Spectrograms, though plans are for frames of all their numbers."""
+    mel = spectrogram(9)
+    captured = captured_on_cpu(vocoder, vocoder.plan_decode(mel.shape))
+    with without_a_gpu():
+        made = captured(mel).sample
+        assert torch.equal(captured(vocoder._as_planned(mel)).sample, made)
+        with pytest.raises(fvae.ConfigError, match="make a new one"):
+            captured(mel[:, :, 1:])
+        with pytest.raises(fvae.ShapeError, match="a vocoder takes"):
+            captured(mel[..., 1:])
+    assert torch.equal(made, vocoder(mel))
 
 
 def test_published_rates() -> None:

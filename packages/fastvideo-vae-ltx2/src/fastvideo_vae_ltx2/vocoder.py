@@ -145,7 +145,12 @@ class LTX2Vocoder(ParallelTiledVAE[None]):
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
         next(self._half_parameters(direction))  # refuses to encode
-        return super()._run(direction, self._flat(x), plan, progress)
+        return super()._run(direction, x, plan, progress)
+
+    def _as_planned(self, x: Tensor) -> Tensor:
+        """(B, C, T, M) -> (B, C * M, T), as the first convolution takes it; what is flat stays."""
+        self._flat_shape(x.shape)
+        return x.transpose(2, 3).flatten(1, 2) if x.ndim == 4 else x
 
     def _plan(
         self,
@@ -184,7 +189,7 @@ class LTX2Vocoder(ParallelTiledVAE[None]):
         A piece is computed with its context around it, so feed some hundred frames at a time unless latency matters.
         """
         next(self._half_parameters(direction))  # refuses to encode
-        flat = self._checked(self._flat(chunk) for chunk in chunks)
+        flat = self._checked(self._as_planned(chunk) for chunk in chunks)
         return slide(self._axis(), flat, lambda crop: self._run(direction, crop, None), _PIECE * self.arch.hop)
 
     def _checked(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -195,11 +200,6 @@ class LTX2Vocoder(ParallelTiledVAE[None]):
             if len(chunk) != batch:
                 raise ShapeError(f"all chunks of a stream need the same batch, got {batch} and then {len(chunk)}")
             yield chunk
-
-    def _flat(self, x: Tensor) -> Tensor:
-        """(B, C, T, M) -> (B, C * M, T), as the first convolution takes it; what is flat stays."""
-        self._flat_shape(x.shape)
-        return x.transpose(2, 3).flatten(1, 2) if x.ndim == 4 else x
 
     def _flat_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         sound, inputs = self.arch.out_channels, self.arch.in_channels
