@@ -110,7 +110,7 @@ class TestBlocks:
         assert elsewhere.peak == 2 * 16384 * 512 * 2
         assert seen.peak - elsewhere.peak == 2048 * 4 * (16384 + 512 + 3)
 
-    @pytest.mark.parametrize("positions", [1024, 6240, 16384, 65536, 120384])
+    @pytest.mark.parametrize("positions", [8192, 16384, 65536, 120384])
     @pytest.mark.parametrize("items", [1, 21])
     def test_they_take_little_memory_at_any_size(self, positions: int, items: int) -> None:
         shape = (items, 1, positions, 512)
