@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.errors import MemoryBudgetError, ShapeError
+from fastvideo_vae_core.finite import is_finite
 from fastvideo_vae_core.memory import format_bytes
 from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.ranks import Ranks
@@ -85,11 +86,11 @@ def _computed(
     """What this device makes of the input: the result, or its slab of it."""
     x = x.to(vae._half_dtype(plan.direction))
     result, plan = compute(vae, plan, x, progress)
-    overflow = plan.retry and not bool(result.isfinite().all())
+    overflow = plan.retry and not is_finite(result)
     if plan.retry and ranks is not None:
         overflow = ranks.agree_on_any(overflow, x.device)
     if overflow:
-        if not bool(x.isfinite().all()):
+        if not is_finite(x):
             raise ShapeError(f"the input of {plan.direction} holds NaN or infinity; nothing can be computed from it")
         warnings.warn(
             f"{plan.direction} of {plan.input_shape} overflowed in float16 and was computed again in float32;"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvideo_vae_core.errors import CheckpointError, MediaError, ShapeError
+from fastvideo_vae_core.finite import is_finite
 from fastvideo_vae_core.media.files import atomic_output
 
 Space = Literal["raw", "normalized"]
@@ -214,7 +215,7 @@ class LatentWriter:
 
 
 def _require_finite(path: str | Path, z: Tensor) -> None:
-    if not bool(z.isfinite().all()):
+    if not is_finite(z):
         raise MediaError(f"the latents for {path} hold NaN or infinity; nothing was written")
 
 

@@ -23,6 +23,7 @@ from fastvideo_vae_core.budget import choose
 from fastvideo_vae_core.checkpoint import fingerprint
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
+from fastvideo_vae_core.finite import is_finite
 from fastvideo_vae_core.latents import Provenance
 from fastvideo_vae_core.memory import Forecast, excerpt, forecast, matrix_workspace, parse_bytes, standing_for
 from fastvideo_vae_core.ops.causal import CausalConv3d
@@ -752,7 +753,7 @@ def _pixels(y: Tensor) -> Tensor:
     """Levels of samples, which have to be numbers."""
     from fastvideo_vae_core.media.images import to_uint8
 
-    if not bool(y.isfinite().all()):
+    if not is_finite(y):
         raise ShapeError("what was decoded holds NaN or infinity, which no pixel can show; bfloat16 does not overflow")
     return to_uint8(y)
 

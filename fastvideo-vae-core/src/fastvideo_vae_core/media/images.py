@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.errors import MediaError, ShapeError
+from fastvideo_vae_core.finite import is_finite
 from fastvideo_vae_core.media.files import atomic_output, ffmpeg_errors, readable, require
 
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -103,7 +104,7 @@ def from_uint8(levels: Tensor) -> Tensor:
 
 def require_finite(x: Tensor, path: str | os.PathLike[str]) -> None:
     """Refuse to write NaN or infinity, which every format would turn into some innocent-looking value."""
-    if x.numel() and not all(bool(bound.isfinite()) for bound in x.aminmax()):  # several times faster than isfinite
+    if not is_finite(x):
         bad = int((~torch.isfinite(x)).sum())
         raise MediaError(f"cannot write {path}: {bad} of {x.numel()} values are not finite; decode in a wider dtype")
 

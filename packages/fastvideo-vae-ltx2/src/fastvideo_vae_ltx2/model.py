@@ -18,6 +18,7 @@ from fastvideo_vae_core.blending import Blend, BlendedTiles, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution, randn_like
 from fastvideo_vae_core.errors import ConfigError, ShapeError
+from fastvideo_vae_core.finite import is_finite
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.outputs import DecoderOutput
@@ -366,7 +367,7 @@ class AutoencoderKLLTX2Video(ParallelTiledVAE[DiagonalGaussianDistribution]):
             if retry:
                 before = cache.copy()
                 made = list(model._flow(direction, x, last, cache, timestep))
-                if not cache.agreed(not all(bool(each.isfinite().all()) for each in made)):
+                if not cache.agreed(not all(map(is_finite, made))):
                     yield piece, made
                     continue
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)

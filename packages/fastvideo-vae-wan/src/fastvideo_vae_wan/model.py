@@ -17,6 +17,7 @@ from fastvideo_vae_core.blending import Blend, BlendedTiles, Cut, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.errors import ConfigError, ShapeError
+from fastvideo_vae_core.finite import is_finite
 from fastvideo_vae_core.ops.causal import Cache, formulation
 from fastvideo_vae_core.ops.patches import patchify, unpatchify
 from fastvideo_vae_core.plan import Direction, Plan
@@ -268,7 +269,7 @@ class AutoencoderKLWan(ParallelTiledVAE[DiagonalGaussianDistribution]):
         for piece in pieces:
             before = cache.copy() if retry else cache
             made = model._piece(direction, cache.own(piece).to(stored).to(dtype), cache)
-            if retry and cache.agreed(not bool(made.isfinite().all())):
+            if retry and cache.agreed(not is_finite(made)):
                 warnings.warn(f"{direction} overflowed in float16 and goes on in float32", stacklevel=3)
                 dtype, retry, model = torch.float32, False, self._twin(direction, torch.float32)
                 cache = before.handed_to(model, self, dtype)
