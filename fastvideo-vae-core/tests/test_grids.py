@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvideo_vae_core import budget
 from fastvideo_vae_core.budget import Model
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError
@@ -156,7 +157,9 @@ class TestRecompute:
         tiled = forecast(lambda x: run_steps([step], x, (4, 64)), shape, torch.float32).work
         assert tiled == whole * (64 + 30) / 64
 
-    def test_the_model_of_a_search_says_the_same(self) -> None:
+    def test_the_model_of_a_search_says_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Of the multiplications, which are what a rehearsal counts.
+        monkeypatch.setattr(budget, "_ASKING", 1e-12)
         vae = image()
         shape, tile = (1, 4, 64, 64), (32, 512)
         whole = vae.plan_decode(shape, tile=(1 << 20, 1 << 20)).forecast

@@ -1,7 +1,7 @@
 """The plan that a memory budget asks for: the fastest that is predicted to fit.
 
-Peaks are rehearsed. Times are only compared, so a rough model of a step is enough: its multiplications, and the bytes
-that it gets from the host and sends there, all of which go on beside each other.
+Peaks are rehearsed. Times are only compared, so a rough model of a step is enough: its multiplications, the bytes that
+it gets from the host and sends there, and the CPU's time to ask for all that, which go on beside each other.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from fastvideo_vae_core.tiling import Part, Passed, crop_sizes, regions
 # Of an H100: multiplications of 16-bit convolutions a second, as whole decoders reach them, and bytes a second over
 # PCIe from and to pinned memory, in each direction. Other GPUs are slower in both.
 _MULTIPLICATIONS, _BYTES = 2.5e14, 5e10
+
+# Seconds in which a CPU asks for what a step does with one tile, measured beside that H100. Faster ones lose little by
+# the larger tiles that follow from it.
+_ASKING = 4e-4
 
 # A plan without the host that is at most this much slower than the whole is good enough to look no further.
 _GOOD = 1.1
@@ -160,7 +164,7 @@ class Model:
 
     def __init__(self, steps: Sequence[Passed], tile: Sequence[int]) -> None:
         self.steps, self.tile = steps, tile
-        self.whole = max(sum(each.work for each in steps), 1.0) / _MULTIPLICATIONS
+        self.whole = sum(max(each.work / _MULTIPLICATIONS, _ASKING) for each in steps)
         self._regions = [_kinds(each, tile) for each in steps]
 
     def fastest(
@@ -247,9 +251,10 @@ class Model:
                 grids[index] = Grid(index=index, sizes=sizes)
             if place == "anew" and not each.following:
                 continue
-            work = up = 0.0
+            work = up = asked = 0.0
             for region, times in self._regions[index]:
                 makings, wanted = makings_of(Making(each.step, reads, None, region))
+                asked += times * len(makings)
                 for grid, making in makings:
                     source = self.steps[index if grid is None else grid.index]
                     work += times * source.work * _share(source, making.crop())
@@ -258,7 +263,7 @@ class Model:
                         part = math.prod((b - a) / size for (a, b), size in zip(box, grid.sizes, strict=True))
                         up += times * shares[grid.index] * self.steps[grid.index].made * part
             down = shares[index] * each.made if shares and place == "slabs" else 0.0
-            yield max(work / _MULTIPLICATIONS, up / _BYTES, down / _BYTES)
+            yield max(work / _MULTIPLICATIONS, up / _BYTES, down / _BYTES, asked * _ASKING)
 
 
 def _area(plan: Plan) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -22,6 +22,7 @@ from fastvideo_vae_core.memory import elsewhere, rehearsal
 from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.norm import Moments
 from fastvideo_vae_core.ops.words import copy_rows, write_rows
+from fastvideo_vae_core.transfers import transfer
 
 if TYPE_CHECKING:
     from fastvideo_vae_core.tiling import Step
@@ -208,7 +209,7 @@ class Courier:
         # The memory may have been in use before.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            _copy(into, source)
+            transfer(_in_memory(into), _in_memory(source))
 
     def _download(self, into: Tensor, source: Tensor) -> Tensor:
         """Begin to copy to the host; what is given back must stay until it is done."""
@@ -222,7 +223,7 @@ class Courier:
             source = source.contiguous(memory_format=layout_of(into))
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            _copy(into, source)
+            transfer(_in_memory(into), _in_memory(source))
         return source
 
     def settle(self) -> None:
@@ -410,20 +411,5 @@ def _part(data: Tensor, region: Sequence[Span], begin: Sequence[int]) -> Tensor:
     return data[(slice(None), slice(None), *spans)]
 
 
-def _copy(into: Tensor, source: Tensor) -> None:
-    """Copy without waiting, and without the temporary copy that PyTorch makes of what has gaps in memory."""
-    for one, other in _runs(_in_memory(into), _in_memory(source)):
-        one.copy_(other, non_blocking=True)
-
-
 def _in_memory(x: Tensor) -> Tensor:
     return x.permute(_order(x))
-
-
-def _runs(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of parts without gaps, as large as they can be: one where a slab is cut along the outermost axis."""
-    if one.is_contiguous() and other.is_contiguous():
-        yield one, other
-        return
-    for pair in zip(one.unbind(0), other.unbind(0), strict=True):
-        yield from _runs(*pair)
