@@ -27,6 +27,13 @@ def signal(*shape, last):
     x = torch.randn(shape).to(dtype)
     return x.transpose(1, 2).contiguous().transpose(1, 2) if last else x
 
+def evened(x, room):
+    # x with numbers behind it that count for nothing.
+    wide = torch.full((*x.shape[:2], room), 7.0, dtype=x.dtype)
+    wide = wide.mT.contiguous().mT if last else wide
+    wide[..., : x.shape[2]] = x
+    return wide
+
 def double(x):
     return Sum(*(None if each is None else each.double() for each in x))
 
@@ -57,12 +64,33 @@ with torch.no_grad():
                     # The kernel may write over its first part.
                     taken = [part._replace(x=part.x.clone()) for part in parts[:count]]
                     assert kernels.alike(taken)
-                    total, y = kernels.leaky_of_mean(taken, 0.1, keep, room)
+                    total, y = kernels.leaky(taken, 0.1, mean=True, keep=keep, samples=samples, extent=room)
                     wanted = leaky(exact[:count], 0.1, keep=True)
-                    assert y.shape[2] == room and not y[..., samples:].any()
+                    assert len(total) == keep and len(y) == 1
+                    assert y[0].shape[2] == room and not y[0][..., samples:].any()
                     if keep:
-                        errors[names[2]] = max(errors[names[2]], error(total, wanted[0]))
-                    errors[names[3]] = max(errors[names[3]], error(y[..., :samples], wanted[1]))
+                        errors[names[2]] = max(errors[names[2]], error(total[0], wanted[0]))
+                    errors[names[3]] = max(errors[names[3]], error(y[0][..., :samples], wanted[1]))
+            # Three at once, in place of what they are made from where that has room; first a branch that all share.
+            samples = shape[2]
+            for branched, keep, own in ((False, False, True), (True, True, False), (True, True, True)):
+                shared = evened(signal(*shape, last=last), room)
+                parts = [Sum(evened(signal(*shape, last=last), room),
+                             (evened(signal(*shape, last=last), room) if own else shared) if branched else None,
+                             bias)
+                         for _ in range(3)]
+                exact = [double(Sum(*(None if each is None else each[..., :samples] for each in part[:2]), bias))
+                         for part in parts]
+                assert kernels.alike(parts)
+                totals, ys = kernels.leaky(parts, 0.1, mean=False, keep=keep, samples=samples, extent=room)
+                places = parts if not keep else [Sum(part.branch) for part in parts]
+                for y, place in zip(ys, places):
+                    assert (y.data_ptr() == place.x.data_ptr()) == own
+                for part, y in zip(exact, ys, strict=True):
+                    assert y.shape[2] == room and not y[..., samples:].any()
+                    errors[names[3]] = max(errors[names[3]], error(y[..., :samples], leaky([part], 0.1)[1]))
+                for part, total in zip(exact if keep else [], totals, strict=True):
+                    errors[names[2]] = max(errors[names[2]], error(total[..., :samples], part.value()))
 print(json.dumps(errors))
 """
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvideo_vae_core.ops import conv1d as ops
 from fastvideo_vae_core.ops.conv1d import Sum, _folded, _interleaved, conv1d, needs, upsample1d
 from fastvideo_vae_core.ops.snake import Snake, snake, snake_pointwise
 from fastvideo_vae_core.testing.interpreter import interpreted
@@ -92,6 +93,32 @@ def test_interleaved_outputs_are_the_transposed_convolution(kernel: int, stride:
     conv = nn.ConvTranspose1d(8, 6, kernel, stride, padding, bias=False, dtype=torch.float64)
     x = torch.randn(2, 8, 19, dtype=torch.float64)
     assert relative_error(_interleaved(x, conv), conv(x)) <= 1e-15
+
+
+@pytest.mark.parametrize("samples", [60, 47])
+def test_even_lengths_make_dilated_convolutions_of_grids(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One behind the other, without views of what is between them; and a transposed one at the end."""
+    monkeypatch.setattr(ops, "device_of", lambda x: torch.device("cuda"))
+    monkeypatch.setattr(ops, "_is_channels_last", lambda device, dtype: True)
+    convs = [nn.Conv1d(8, 8, 7, 1, 3 * each, each, bias=False, dtype=torch.float64) for each in (1, 3, 1, 5, 2)]
+    up = nn.ConvTranspose1d(8, 6, 7, 3, 2, bias=False, dtype=torch.float64)
+    x = torch.randn(2, 8, samples, dtype=torch.float64)
+    even = ops.evened(x, samples, [1, 2, 3, 5])
+    assert even == 60
+    y = F.pad(x, (0, even - samples)).mT.contiguous().mT
+    for conv in convs:
+        x, made = conv(x), ops.even1d(y, conv).x
+        assert made.shape[2:].numel() == even
+        # What an activation leaves behind the samples.
+        made = made.contiguous(memory_format=torch.channels_last)
+        made.permute(0, 2, 3, 1).flatten(1, 2)[:, samples:] = 0.0
+        assert relative_error(made.flatten(2)[:, :, :samples], x) <= 1e-14
+        y = made
+    grid = F.pad(x, (0, even - samples)).unsqueeze(2)
+    assert relative_error(upsample1d(grid, up, samples).x, up(x)) <= 1e-14
+    # Whatever happens to the weights, the next call takes them as they are.
+    up.weight.data.mul_(-2.0)
+    assert relative_error(upsample1d(grid, up, samples).x, up(x)) <= 1e-14
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")

@@ -373,12 +373,16 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 weight = module.weight
-                last = device_of(weight).type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
+                last = _in_16_bits_on_a_gpu(weight)
                 order = (0, *range(2, weight.ndim), 1) if last else range(weight.ndim)
                 inverse = (0, weight.ndim - 1, *range(1, weight.ndim - 1)) if last else range(weight.ndim)
                 weight.data = weight.data.permute(*order).contiguous().permute(*inverse)
                 if last and isinstance(module, CausalConv3d):
                     module.arrange()
+            elif isinstance(module, nn.ConvTranspose1d):
+                # Taps in rows of channels, as `ops.conv1d` copies them; or plain.
+                order = (2, 1, 0) if _in_16_bits_on_a_gpu(module.weight) else (0, 1, 2)
+                module.weight.data = module.weight.data.permute(*order).contiguous().permute(*order)
         return self
 
     def _run(self, direction: Direction, x: Tensor, plan: Plan | None, progress: Progress | None = None) -> Tensor:
@@ -747,6 +751,10 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
 def _tile(extent: Sequence[int], shape: Sequence[int], output: Sequence[int]) -> tuple[int, ...]:
     """A tile of that extent along the last axes; those in front of them, such as time, are not cut."""
     return (*map(max, shape[2 : -len(extent)], output[2 : -len(extent)]), *extent)
+
+
+def _in_16_bits_on_a_gpu(weight: Tensor) -> bool:
+    return device_of(weight).type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def _pixels(y: Tensor) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvideo_vae_core as fvae
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops import conv1d as ops
+from fastvideo_vae_core.rehearsal import rehearsing
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.graphs import captured_on_cpu, without_a_gpu
 from fastvideo_vae_core.testing.parity import assert_close, relative_error
@@ -110,6 +114,54 @@ def test_published_rates() -> None:
     assert extended.plan_decode((1, 2, 2049, 64)).tile == (1024 * 480,)
     pieces = extended.plan_decode((1, 2, 2000, 64), tile=(480_000,))
     assert pieces.peak_bytes < extended.plan_decode((1, 2, 2000, 64)).peak_bytes
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_call_on_a_gpu_launches_little(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LTX-2.0's network is many small kernels: a call costs what it costs the CPU to launch them."""
+    from fastvideo_vae_core.ops.kernels import antialiased as kernels
+
+    launches, launch = [], kernels.leaky
+
+    def counted(*args: Any, **options: Any) -> Any:
+        launches.append(options["mean"])
+        return launch(*args, **options)
+
+    monkeypatch.setattr(kernels, "leaky", counted)
+    with rehearsing(torch.device("cuda")), torch.no_grad(), Counter() as counter:
+        with torch.device("meta"):
+            vocoder = LTX2Vocoder(VAEConfig(arch_config=LTX20_VOCODER)).to(dtype)
+        counter.operations.clear()
+        vocoder._decode(torch.empty(1, 128, 501, dtype=dtype, device="meta"))
+    # Of each of five stages: before it, at its start, and two for each dilation but the last, which has one.
+    assert len(launches) == 5 * (1 + 1 + 5) + 1
+    assert counter.operations["aten.convolution.default"] == 2 + 5 + 5 * 3 * 3 * 2
+    assert counter.operations.total() <= (360 if dtype == torch.bfloat16 else 150)
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations, and gives convolutions the layout that they have on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = collections.Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[str(func)] += 1
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and made.ndim == 4:
+            made = torch.empty_like(made, memory_format=torch.channels_last)
+        return made
+
+
+def test_weights_for_gpus_lie_in_rows_of_channels() -> None:
+    with rehearsing(torch.device("cuda")):
+        with torch.device("meta"):
+            vocoder = LTX2Vocoder(VAEConfig(arch_config=LTX20_VOCODER)).bfloat16()
+        for upsampler in vocoder.upsamplers:
+            assert upsampler.weight.permute(2, 1, 0).is_contiguous()
+        assert all(upsampler.weight.is_contiguous() for upsampler in vocoder.float().upsamplers)
 
 
 def test_there_is_no_way_back(vocoder: LTX2Vocoder) -> None:

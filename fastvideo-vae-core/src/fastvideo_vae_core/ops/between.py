@@ -34,9 +34,30 @@ def leaky(parts: Sequence[Sum], slope: float, room: int = 0, keep: bool = False)
         from fastvideo_vae_core.ops.kernels import antialiased as kernels
 
         taken = parts if kernels.alike(parts) else [Sum(mean(parts))]
-        return kernels.leaky_of_mean(taken, slope, keep, taken[0].x.shape[2] + room)
+        samples = taken[0].x.shape[2]
+        totals, ys = kernels.leaky(taken, slope, mean=True, keep=keep, samples=samples, extent=samples + room)
+        return totals[0] if keep else None, ys[0]
     total = mean(parts)
     return total if keep else None, total if slope == 1.0 else F.leaky_relu(total, slope)
+
+
+def even_leaky(
+    parts: Sequence[Sum], slope: float, *, samples: int, even: int, mean: bool = False, keep: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """LeakyReLU of sums for `conv1d.even1d`, or that of their mean, behind the sums themselves if they are to be kept;
+    of all of them in one launch. Only where it `fuses`.
+
+    samples: how many the sums have. even: how many the results are to have, zeros among them (`conv1d.evened`).
+
+    What is kept, or else the results, take the places of each `x`, and of branches if these are not one for all.
+    """
+    from fastvideo_vae_core.ops.kernels import antialiased as kernels
+
+    if kernels.alike(parts):
+        return kernels.leaky(parts, slope, mean=mean, keep=keep, samples=samples, extent=even)
+    assert not mean
+    made = [kernels.leaky([part], slope, mean=False, keep=keep, samples=samples, extent=even) for part in parts]
+    return [total for totals, _ in made for total in totals], [y for _, ys in made for y in ys]
 
 
 def antialiased_snake(

@@ -8,6 +8,8 @@ operations.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -72,14 +74,33 @@ def room(x: Tensor, conv: nn.Conv1d) -> int:
     return -x.shape[2] % conv.dilation[0] if _folds(x, conv) else 0
 
 
-def upsample1d(x: Tensor, conv: nn.ConvTranspose1d) -> Sum:
-    """The transposed convolution of x (B, C, S): (B, C', (S - 1) stride + kernel - 2 padding)."""
+def even1d(x: Tensor, conv: nn.Conv1d) -> Sum:
+    """The convolution of x, behind whose samples there are zeros, for those that keep the length.
+
+    x: (B, C, S); in 16 bits on a GPU, where S is a multiple of the dilation, it may also be what this or `upsample1d`
+    has made, and what it makes is a grid (B, C, H, W): H * W samples that are (B, S, C) in memory. So nothing is spent
+    on views, and a launch costs more than the kernels of short sound.
+    """
+    return Sum(_over_grid(x, conv), bias=conv.bias) if _channels_last(x) else conv1d(x, conv)
+
+
+def evened(x: Tensor, samples: int, dilations: Iterable[int]) -> int:
+    """How many samples, zeros among them, signals like x have to have for `even1d` with all of these dilations."""
+    return samples + -samples % math.lcm(*dilations) if _channels_last(x) else samples
+
+
+def upsample1d(x: Tensor, conv: nn.ConvTranspose1d, samples: int | None = None) -> Sum:
+    """The transposed convolution of x (B, C, S): (B, C', (S - 1) stride + kernel - 2 padding).
+
+    samples: how many x has, if zeros follow them; such an x may be a grid, see `even1d`.
+    """
     stride, padding, _ = _numbers(conv)
+    if _channels_last(x):
+        return Sum(_interleaved(x, conv, samples), bias=conv.bias)
+    x = x if samples is None else x[:, :, :samples]
     if device_of(x).type == "cpu":
         return Sum(F.conv_transpose1d(x, conv.weight, conv.bias, stride, padding))
-    if not _channels_last(x):
-        return Sum(F.conv_transpose1d(x, conv.weight, None, stride, padding), bias=conv.bias)
-    return Sum(_interleaved(x, conv), bias=conv.bias)
+    return Sum(F.conv_transpose1d(x, conv.weight, None, stride, padding), bias=conv.bias)
 
 
 def formulation(device: torch.device, dtype: torch.dtype) -> str:
@@ -97,25 +118,39 @@ def _folded(x: Tensor, conv: nn.Conv1d, samples: int | None = None) -> Tensor:
     """The convolution over the grid whose rows are as many samples as the dilation: neighbours in its columns are what
     the taps see, so it is a convolution along them, without dilation. In this layout the grid is the same memory."""
     _, padding, dilation = _numbers(conv)
-    missing = -x.shape[2] % dilation
-    rows_BSC = F.pad(x.mT, (0, 0, 0, missing)) if missing else x.mT
-    grid_BCHW = rows_BSC.unflatten(1, (-1, dilation)).movedim(-1, 1)
-    made = F.conv2d(grid_BCHW, conv.weight.unsqueeze(3), padding=(padding // dilation, 0))
-    length = (x.shape[2] if samples is None else samples) + 2 * padding - dilation * (conv.kernel_size[0] - 1)
-    return made.movedim(1, -1).flatten(1, 2)[:, :length].mT
+    if missing := -x.shape[2] % dilation:
+        x = F.pad(x.mT, (0, 0, 0, missing)).mT
+    made = _over_grid(x, conv).view(x.shape[0], conv.out_channels, -1)
+    length = (x.shape[2] - missing if samples is None else samples) + 2 * padding - dilation * (conv.kernel_size[0] - 1)
+    return made if made.shape[2] == length else made.narrow(2, 0, length)
 
 
-def _interleaved(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
+def _over_grid(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """The convolution, without its bias, as a grid (B, C, H, dilation), or (B, C, 1, S) where nothing is dilated. x may
+    be (B, C, S) or a grid of any width that has as many samples, a multiple of the dilation."""
+    _, padding, dilation = _numbers(conv)
+    if dilation == 1:
+        grid = x if x.ndim == 4 and x.shape[2] == 1 else x.view(*x.shape[:2], 1, -1)
+        return F.conv2d(grid, conv.weight.unsqueeze(2), None, 1, (0, padding))
+    grid = x.view(*x.shape[:2], -1, dilation)
+    return F.conv2d(grid, conv.weight.unsqueeze(3), None, 1, (padding // dilation, 0))
+
+
+def _interleaved(x: Tensor, conv: nn.ConvTranspose1d, samples: int | None = None) -> Tensor:
     """The transposed convolution as a convolution whose outputs are `stride` samples each, which lie in order in this
     layout: sample r of block t is the sum over j of tap j * stride + r of input t - j."""
     stride, padding, _ = _numbers(conv)
     kernel = conv.kernel_size[0]
     count = -(-kernel // stride)
-    whole = F.pad(conv.weight, (0, count * stride - kernel)) if kernel % stride else conv.weight
-    taps = whole.unflatten(2, (count, stride)).flip(2).permute(3, 1, 2, 0).flatten(0, 1).contiguous()
-    blocks = F.conv2d(x.unsqueeze(2), taps.transpose(1, 2).unsqueeze(2), None, padding=(0, count - 1)).squeeze(2)
-    y = blocks.transpose(1, 2).unflatten(2, (stride, -1)).flatten(1, 2).transpose(1, 2)
-    return y[:, :, padding : (x.shape[2] - 1) * stride + kernel - padding]
+    taps = conv.weight.permute(2, 1, 0)
+    if kernel % stride:
+        taps = F.pad(taps, (0, 0, 0, 0, 0, count * stride - kernel))
+    # One copy of the weights in each call: taps come in the order of time, which no view can turn round.
+    turned = torch.stack(taps.split(stride)[::-1], 2).view(-1, count, conv.in_channels)
+    grid = x.unsqueeze(2) if x.ndim == 3 else x
+    blocks = F.conv2d(grid, turned.mT.unsqueeze(2), None, 1, (0, count - 1)).squeeze(2)
+    length = ((grid.shape[3] if samples is None else samples) - 1) * stride + kernel - 2 * padding
+    return blocks.mT.reshape(x.shape[0], -1, conv.out_channels).mT.narrow(2, padding, length)
 
 
 def needs(conv: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tuple[int, int]:

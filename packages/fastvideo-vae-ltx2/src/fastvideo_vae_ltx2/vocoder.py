@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops import between
-from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, needs, room, upsample1d
+from fastvideo_vae_core.ops.between import even_leaky
+from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, even1d, evened, needs, room, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
@@ -267,10 +268,16 @@ class Generator(nn.Module):
         self.branches = len(config.resnet_kernel_sizes)
         # LeakyReLU has no parameters, so all branches of a stage begin with the same one.
         self.shares = not snakes and len({dilations[:1] for dilations in config.resnet_dilations}) == 1
+        self.slope, self.dilations = config.slope, set(itertools.chain(*config.resnet_dilations))
+        # Whether all of them do alike what a launch can do for all of them. Multiples of many dilations are long.
+        counts = {len(dilations) for dilations in config.resnet_dilations}
+        self.even = self.shares and self.branches == 3 and len(counts) == 1 and math.lcm(*self.dilations) <= _MOST_ZEROS
         self.final = _FINAL[final]
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [conv1d(arrange(x), self.conv_in)]
+        if self.even and between.fuses(parts[0].x, *(self.parameters() if torch.is_grad_enabled() else ())):
+            return self.final(self._evenly(parts)).contiguous()
         for stage in range(len(self.upsamplers)):
             parts = self._branched(stage, _only(self.act, parts))
         return self.final(conv1d(_only(self.act_out, parts), self.conv_out).value()).contiguous()
@@ -292,6 +299,39 @@ class Generator(nn.Module):
             if not self.shares:
                 _, y = branch.begun(Sum(x))
             parts.append(branch(x, y))
+        return parts
+
+    def _evenly(self, parts: list[Sum]) -> Tensor:
+        """All that is behind the first convolution, on a GPU with LeakyReLU: what the branches of a stage do alike is
+        done in one launch, and all signals of a stage have the same length in memory."""
+        samples = even = parts[0].x.shape[2]
+        for stage, upsampler in enumerate(self.upsamplers):
+            y = _first(even_leaky(parts, self.slope, samples=samples, even=even, mean=True))
+            parts = [upsample1d(y, upsampler, samples)]
+            del y
+            samples = parts[0].x.shape[2]
+            even = evened(parts[0].x, samples, self.dilations)
+            parts = self._even_branches(stage, parts, samples, even)
+        assert isinstance(self.act_out, LeakyReLU)
+        y = _first(even_leaky(parts, self.act_out.slope, samples=samples, even=even, mean=True))
+        parts.clear()
+        made, _, bias = even1d(y, self.conv_out)
+        return Sum(made.flatten(2)[:, :, :samples], bias=bias).value()
+
+    def _even_branches(self, stage: int, parts: list[Sum], samples: int, even: int) -> list[Sum]:
+        """`_branched` of what is upsampled."""
+        (x,), (y,) = even_leaky(parts, self.slope, samples=samples, even=even, keep=True)
+        xs, ys = [x] * self.branches, [y] * self.branches
+        del x, y
+        steps = zip(*(zip(each.convs1, each.convs2, strict=True) for each in self._branches(stage)), strict=True)
+        for index, convs in enumerate(steps):
+            if index:
+                xs, ys = even_leaky(parts, self.slope, samples=samples, even=even, keep=True)
+            # What nobody needs any more is dropped at once: the next one takes its memory.
+            parts[:] = [even1d(ys.pop(0), conv) for conv, _ in convs]
+            _, ys = even_leaky(parts, self.slope, samples=samples, even=even)
+            parts[:] = [even1d(ys.pop(0), conv)._replace(branch=x) for (_, conv), x in zip(convs, xs, strict=True)]
+            xs.clear()
         return parts
 
     def _branches(self, stage: int) -> list[ResidualBlock]:
@@ -455,6 +495,11 @@ def _only(act: Activation, parts: list[Sum]) -> Tensor:
     return y
 
 
+def _first(made: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    """The activation of a mean."""
+    return made[1][0]
+
+
 def _kept(total: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
     assert total is not None
     return total, y
@@ -492,6 +537,9 @@ _FINAL: dict[str | None, Callable[[Tensor], Tensor]] = {
     "clamp": lambda x: x.clamp(-1.0, 1.0),
     None: lambda x: x,
 }
+
+# The most zeros behind a signal that make its length one for all dilations.
+_MOST_ZEROS = 64
 
 # Zero crossings and bandwidth of the sinc.
 _ZEROS = 6

@@ -23,6 +23,8 @@ from fastvideo_vae_core.ops.kernels.snake import _snake
 
 # Channels and groups of four samples that a program of Snake holds, plain and channels-last.
 _PLAIN, _LAST = (1, 256), (32, 8)
+# What is asked of LeakyReLU, as its kernel has it.
+_BRANCHED, _BIASED, _KEPT, _MEAN = 1, 2, 4, 8
 # Channels and samples that a program of LeakyReLU holds, plain and channels-last.
 _LEAKY_PLAIN, _LEAKY_LAST = (1, 2048), (64, 32)
 
@@ -39,7 +41,7 @@ def antialiased_snake(
     total = _empty(main, last, samples) if keep else out
     width, groups = _LAST if last else _PLAIN
     if not out.is_meta:
-        grid = (triton.cdiv(extent, 4 * groups), triton.cdiv(channels, width), batch)
+        grid = (-(-extent // (4 * groups)), -(-channels // width), batch)
         _antialiased_kernel[grid](
             main,
             branch,
@@ -67,69 +69,101 @@ def antialiased_snake(
     return total if keep else None, out
 
 
-def leaky_of_mean(parts: Sequence[Sum], slope: float, keep: bool, extent: int) -> tuple[Tensor | None, Tensor]:
-    """The mean of sums that are `alike` where it is to be kept, and LeakyReLU of it, (B, C, extent).
+def leaky(
+    parts: Sequence[Sum], slope: float, *, mean: bool, keep: bool, samples: int, extent: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums that are `alike`, or their mean, where they are to be kept, and LeakyReLU of each, of that extent.
 
-    The mean, or else the result, takes the place of the first `x` if that is dense and long enough.
+    parts: of so many samples, (B, C, S) or grids (B, C, H, W) as `conv1d.even1d` makes them.
+
+    Sums, or else results, take the places of `x`; where sums are kept of three branches, results take the places of
+    these unless all are one. What does not fit there is new, (B, C, extent).
     """
-    first, second, third = parts if len(parts) == 3 else (parts[0],) * 3
-    last = _is_last(first.x)
-    main = _laid_out(first.x, last)
-    branch = main if first.branch is None else _laid_out(first.branch, last)
-    bias = main if first.bias is None else first.bias
-    batch, channels, samples = main.shape
-    dense = main.mT.is_contiguous() if last else main.is_contiguous()
-    out = main if dense and not keep and extent == samples else _empty(main, last, extent)
-    total = out if not keep else main if dense else _empty(main, last, samples)
+    last = _is_last(parts[0].x)
+    mains, branches = [part.x for part in parts], [part.branch for part in parts if part.branch is not None]
+    biases = [part.bias for part in parts if part.bias is not None]
+    if len(parts) == 1:
+        mains, branches = ([_laid_out(each, last) for each in group] for group in (mains, branches))
+    places = mains
+    if keep:
+        places = branches if not mean and len(branches) > 1 and branches[0] is not branches[1] else []
+    made = 1 if mean else len(parts)
+    if places and _fills(places[0], last, extent):
+        outs = places[:made]
+    else:
+        outs = [_empty(mains[0], last, extent) for _ in range(made)]
+    if not outs[0].is_meta:
+        _launch_leaky(mains, branches, biases, outs, slope, last, mean, keep, samples, extent)
+    return mains[:made] if keep else [], outs
+
+
+def _launch_leaky(
+    mains: list[Tensor],
+    branches: list[Tensor],
+    biases: list[Tensor],
+    outs: list[Tensor],
+    slope: float,
+    last: bool,
+    mean: bool,
+    keep: bool,
+    samples: int,
+    extent: int,
+) -> None:
+    main, count = mains[0], len(mains)
+    # What is not there is not read; a pointer has to be something.
+    nothing = [main] * 3
     width, length = _LEAKY_LAST if last else _LEAKY_PLAIN
-    if not out.is_meta:
-        grid = (triton.cdiv(extent, length), triton.cdiv(channels, width), batch)
-        _leaky_kernel[grid](
-            main,
-            branch,
-            bias,
-            second.x,
-            branch if second.branch is None else second.branch,
-            bias if second.bias is None else second.bias,
-            third.x,
-            branch if third.branch is None else third.branch,
-            bias if third.bias is None else third.bias,
-            total,
-            out,
-            slope,
-            channels,
-            samples,
-            extent,
-            *_strides(main, last),
-            *_strides(branch, last),
-            first.branch is not None,
-            first.bias is not None,
-            keep,
-            LAST=last,
-            THREE=len(parts) == 3,
-            WIDTH=width,
-            LENGTH=length,
-            num_warps=8,
-        )
-    return total if keep else None, out
+    batch, channels = main.shape[:2]
+    _leaky_kernel[(-(-extent // length), -(-channels // width), batch)](
+        *(mains if count == 3 else nothing),
+        *(branches if len(branches) == 3 else branches * 3 or nothing),
+        *(biases if len(biases) == 3 else biases * 3 or nothing),
+        *(outs if len(outs) == 3 else outs * 3),
+        slope,
+        channels,
+        samples,
+        extent,
+        *_strides(main, last),
+        *_strides(branches[0] if branches else main, last),
+        (_BRANCHED if branches else 0) | (_BIASED if biases else 0) | (_KEPT if keep else 0) | (_MEAN if mean else 0),
+        LAST=last,
+        PARTS=count,
+        WIDTH=width,
+        LENGTH=length,
+        num_warps=8,
+    )
 
 
 def alike(parts: Sequence[Sum]) -> bool:
-    """Whether `leaky_of_mean` takes these sums: one, or three of branches and biases that lie alike in memory."""
+    """Whether `leaky` takes these sums: one, or three that lie alike in memory."""
     if len(parts) == 1:
         return True
-    first = parts[0]
-    if len(parts) != 3 or first.branch is None or any(part.bias is None for part in parts):
+    x, branch, bias = first = parts[0]
+    if len(parts) != 3 or x.stride(1 if _is_last(x) else -1) != 1:
         return False
-    inner = 1 if _is_last(first.x) else 2
-    if first.x.stride(inner) != 1 or first.branch.stride(inner) != 1:
+    if branch is not None and branch.stride(1 if _is_last(x) else -1) != 1:
         return False
-    strides = first.x.stride(), first.branch.stride()
-    return all(part.branch is not None and (part.x.stride(), part.branch.stride()) == strides for part in parts)
+    strides = _strides_of(first)
+    return all(_strides_of(part) == strides and (part.bias is None) == (bias is None) for part in parts[1:])
+
+
+def _strides_of(part: Sum) -> tuple[object, ...]:
+    return part.x.stride(), None if part.branch is None else part.branch.stride()
+
+
+def _fills(x: Tensor, last: bool, extent: int) -> bool:
+    """Whether it is dense in its layout with so many samples."""
+    batch, channels = x.shape[:2]
+    item, row = _strides(x, last)
+    return (
+        x.numel() == batch * channels * extent
+        and (batch == 1 or item == channels * extent)
+        and (row == (channels if last else extent) or (extent if last else channels) == 1)
+    )
 
 
 def _is_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(2) != 1
+    return x.stride(1) == 1 and x.stride(-1) != 1
 
 
 def _laid_out(x: Tensor, last: bool) -> Tensor:
@@ -141,14 +175,14 @@ def _laid_out(x: Tensor, last: bool) -> Tensor:
 
 def _empty(x: Tensor, last: bool, samples: int) -> Tensor:
     """A new signal of that length, dense in its layout."""
-    batch, channels, _ = x.shape
+    batch, channels = x.shape[:2]
     strides = (channels * samples, 1, channels) if last else (channels * samples, samples, 1)
     return torch.empty_strided((batch, channels, samples), strides, dtype=x.dtype, device=x.device)
 
 
 def _strides(x: Tensor, last: bool) -> tuple[int, int]:
     """Of items, and of samples or channels, whichever lie apart."""
-    return x.stride(0), x.stride(2 if last else 1)
+    return x.stride(0), x.stride(-1 if last else 1)
 
 
 # What is asked for comes at run time, because each program takes half a second to compile.
@@ -272,19 +306,20 @@ def _sum_at(main, branch, main_row, branch_row, channel, at, samples, known, bra
     return x + other.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["slope", "samples", "extent", "branched", "biased", "keep"])
+@triton.jit(do_not_specialize=["slope", "samples", "extent", "asked"])
 def _leaky_kernel(
     main,
-    branch,
-    bias,
     main2,
-    branch2,
-    bias2,
     main3,
+    branch,
+    branch2,
     branch3,
+    bias,
+    bias2,
     bias3,
-    total,
     out,
+    out2,
+    out3,
     slope,
     channels,
     samples,
@@ -293,15 +328,14 @@ def _leaky_kernel(
     main_row,
     branch_item,
     branch_row,
-    branched,
-    biased,
-    keep,
+    asked,
     LAST: tl.constexpr,
-    THREE: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Some samples of some channels. branched, biased, keep: as above."""
+    """Some samples of some channels, of one sum or of three. asked: whether there are branches and biases, whether the
+    sums are kept in place of the first of their terms, and whether it is the mean that is asked for."""
     item = tl.program_id(2).to(tl.int64)
     if LAST:
         channel = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
@@ -309,30 +343,42 @@ def _leaky_kernel(
         at = item * main_item + sample * main_row + channel
         at_branch = item * branch_item + sample * branch_row + channel
         place = (item * extent + sample) * channels + channel
-        place_total = (item * samples + sample) * channels + channel
     else:
         channel = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)[:, None]
         sample = (tl.program_id(0) * LENGTH + tl.arange(0, LENGTH))[None, :]
         at = item * main_item + channel * main_row + sample
         at_branch = item * branch_item + channel * branch_row + sample
         place = (item * channels + channel) * extent + sample
-        place_total = (item * channels + channel) * samples + sample
     known = channel < channels
     here = known & (sample < samples)
+    written = known & (sample < extent)
+    branched = (asked & 1) != 0
+    biased = (asked & 2) != 0
+    keep = (asked & 4) != 0
     x = _part(main, branch, bias, at, at_branch, channel, known, here, branched, biased)
-    if THREE:
-        x += _part(main2, branch2, bias2, at, at_branch, channel, known, here, branched, biased)
-        x += _part(main3, branch3, bias3, at, at_branch, channel, known, here, branched, biased)
-        x = x / 3.0
-    tl.store(total + place_total, x.to(total.dtype.element_ty), mask=here & (keep != 0))
-    # Zero stays zero, which is what lies behind the last sample.
-    y = tl.where(here, tl.where(x > 0.0, x, x * slope), 0.0)
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=known & (sample < extent))
+    if PARTS == 3:
+        mean = (asked & 8) != 0
+        apart = (asked & 8) == 0
+        x2 = _part(main2, branch2, bias2, at, at_branch, channel, known, here, branched, biased)
+        x3 = _part(main3, branch3, bias3, at, at_branch, channel, known, here, branched, biased)
+        _put(main2, out2, x2, at, place, slope, here, here & keep & apart, written & apart)
+        _put(main3, out3, x3, at, place, slope, here, here & keep & apart, written & apart)
+        x = tl.where(mean, (x + x2 + x3) / 3.0, x)
+    _put(main, out, x, at, place, slope, here, here & keep, written)
 
 
 @triton.jit
 def _part(main, branch, bias, at, at_branch, channel, known, here, branched, biased):
     """main + branch + bias in float32."""
     x = tl.load(main + at, mask=here, other=0.0).to(tl.float32)
-    x += tl.load(branch + at_branch, mask=here & (branched != 0), other=0.0).to(tl.float32)
-    return x + tl.load(bias + channel, mask=known & (biased != 0), other=0.0).to(tl.float32)
+    x += tl.load(branch + at_branch, mask=here & branched, other=0.0).to(tl.float32)
+    return x + tl.load(bias + channel, mask=known & biased, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(main, out, x, at, place, slope, here, kept, written):
+    """x, and LeakyReLU of it."""
+    tl.store(main + at, x.to(main.dtype.element_ty), mask=kept)
+    # Zero stays zero, which is what lies behind the last sample.
+    y = tl.where(here, tl.where(x > 0.0, x, x * slope), 0.0)
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=written)
