@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.graphs import Captured
-from fastvideo_vae_core.ops.conv1d import Sum, conv1d, upsample1d
+from fastvideo_vae_core.ops.conv1d import conv1d, upsample1d
 from fastvideo_vae_core.ops.kernels import snake as kernels
 from fastvideo_vae_core.ops.snake import Snake, snake, snake_pointwise
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.tiling import spans
 from fastvideo_vae_oobleck import STABLE_AUDIO_OPEN, AutoencoderOobleck, OobleckArchConfig, weight_norm_state_dict
 from fastvideo_vae_oobleck import model as oobleck

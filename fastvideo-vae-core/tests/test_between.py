@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvideo_vae_core.ops.between import antialiased_snake, leaky, mean
-from fastvideo_vae_core.ops.conv1d import Sum
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.testing.interpreter import interpreted
 from fastvideo_vae_core.testing.parity import relative_error
 
 _SCRIPT = """
 import itertools, json, torch
 from fastvideo_vae_core.ops.between import antialiased_snake, leaky
-from fastvideo_vae_core.ops.conv1d import Sum
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.ops.kernels import antialiased as kernels
 
 def error(made, exact):

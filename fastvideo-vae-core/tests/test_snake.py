@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvideo_vae_core.ops import conv1d as ops
-from fastvideo_vae_core.ops.conv1d import Sum, _folded, _interleaved, conv1d, needs, upsample1d
+from fastvideo_vae_core.ops.conv1d import _folded, _interleaved, conv1d, needs, upsample1d
 from fastvideo_vae_core.ops.snake import Snake, snake, snake_pointwise
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.testing.interpreter import interpreted
 from fastvideo_vae_core.testing.parity import relative_error
 
 _SCRIPT = """
 import itertools, json, torch, torch.nn.functional as F
 from torch import nn
-from fastvideo_vae_core.ops.conv1d import Sum
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.ops.kernels.snake import snake_of_sum, snake_pointwise
 from fastvideo_vae_core.ops.snake import snake
 

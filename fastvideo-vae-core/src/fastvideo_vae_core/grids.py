@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.memory import elsewhere, rehearsal
-from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.norm import Moments
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.ops.words import copy_rows, write_rows
 from fastvideo_vae_core.transfers import transfer
 

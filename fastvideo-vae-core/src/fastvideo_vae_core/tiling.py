@@ -35,8 +35,8 @@ from fastvideo_vae_core.grids import (
     reachable,
 )
 from fastvideo_vae_core.memory import excerpt, rehearsal, standing_for
-from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.norm import Moments
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.rehearsal import device_of
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvideo_vae_core as fvae
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.ops import conv1d as ops
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.rehearsal import rehearsing
 from fastvideo_vae_core.testing.golden import make_input
 from fastvideo_vae_core.testing.graphs import captured_on_cpu, without_a_gpu
@@ -69,13 +70,13 @@ def test_the_layout_of_gpus_gives_the_same(vocoder: LTX2Vocoder, monkeypatch: py
     expected = vocoder(mel)
     innermost = []
 
-    def dilated(x: torch.Tensor, conv: torch.nn.Conv1d, samples: int) -> ops.Sum:
+    def dilated(x: torch.Tensor, conv: torch.nn.Conv1d, samples: int) -> Sum:
         innermost.append(x.stride(1) == 1)
-        return ops.Sum(ops._folded(x, conv, samples), bias=conv.bias)
+        return Sum(ops._folded(x, conv, samples), bias=conv.bias)
 
     monkeypatch.setattr(network, "arrange", lambda x: x.mT.contiguous().mT)
     monkeypatch.setattr(network, "dilated1d", dilated)
-    monkeypatch.setattr(network, "upsample1d", lambda x, conv: ops.Sum(ops._interleaved(x, conv), bias=conv.bias))
+    monkeypatch.setattr(network, "upsample1d", lambda x, conv: Sum(ops._interleaved(x, conv), bias=conv.bias))
     assert relative_error(vocoder(mel), expected) <= 1e-12
     assert len(innermost) > 6
 

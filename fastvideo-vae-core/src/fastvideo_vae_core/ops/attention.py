@@ -100,18 +100,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def in_blocks(q: Tensor, k: Tensor, v: Tensor, *, scores: int = _SCORES, row: int = _ROW) -> Tensor:
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, *, scores: int | None = None, row: int = _ROW) -> Tensor:
     """The same as two matrix products with a softmax between, for some queries and keys at a time.
 
     Scores, weights until they are rounded for the product, and sums are in float32. Weights are relative to the
     largest that was met so far, so what earlier keys mixed to is scaled down when a larger one comes (Rabe and Staats
     2021; Dao et al. 2022), and their sum, of the rounded ones, is divided by at the end.
 
-    scores: bytes of the float32 scores of a block, about.
+    scores: bytes of the float32 scores of a block, about; by default more where there are many queries, so that
+        there are not too many blocks to ask for.
     row: most keys of a block.
     """
     items, keys, values = (each.flatten(0, -3) for each in (q, k, v))
     batch, queries, channels = items.shape
+    scores = max(_SCORES, items[0].nbytes) if scores is None else scores
     columns = _shares(keys.shape[1], row, _PITCH)
     row_bytes = 4 * _padded(columns)
     rows = _shares(queries, max(scores // row_bytes // _TILE, 1) * _TILE, _TILE)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.snake import snake
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.rehearsal import device_of
 
 # Of each filter.

@@ -11,8 +11,6 @@ lie innermost in memory (`torch.channels_last_3d`).
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +22,9 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
-from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.norm import Moments, group_norm_act
-from fastvideo_vae_core.ops.words import copy_rows
+from fastvideo_vae_core.ops.sums import Sum
+from fastvideo_vae_core.ops.upsampling import folded, spread
 from fastvideo_vae_core.rehearsal import device_of
 
 
@@ -265,41 +263,20 @@ def upsampled(x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int]
 
 
 class _FoldedConv:
-    """A convolution of repeated positions, on the positions themselves: taps that would see the same one are added up.
-
-    Of three taps over pairs of equal positions two remain, but other two for each of a pair, so that these are
-    convolutions of their own, side by side in the channels. With all axes repeated it has 8 of 27 multiplications.
-    """
+    """A convolution of repeated positions, on the positions themselves."""
 
     slots = 1
 
     def __init__(self, conv: CausalConv, repeats: tuple[int, int, int]) -> None:
         self.conv, self.border, self.repeats = conv.conv, conv.border, repeats
         self._plain = conv
-        weights = [self.conv.weight.float()]
-        # A frame is the second that stands for its position, and the one before it, by causality, the first of the
-        # next; of rows and columns the first comes first.
-        for axis, times in enumerate(repeats):
-            order = -1 if axis == 0 else 1
-            weights = [each for weight in weights for each in _folded(weight, axis + 2, times)[::order]]
-        weight = torch.cat(weights).to(self.conv.weight.dtype)
-        self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        self.weight = folded(self.conv.weight, repeats, causal=True)
         self.taps = self.weight.shape[2]
 
     def __call__(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         """The frames that a window, with its borders, is enough for; in front of the first one there is another."""
-        bias = None if bias is None else bias.repeat(math.prod(self.repeats))
-        made = F.conv3d(data.movedim(-1, 1), self.weight, bias)
-        sides = rows_of(made).unflatten(-1, (*self.repeats, -1))
-        frames, height, width = made.shape[2], *(size - 2 * self.border for size in data.shape[2:4])
-        time, vertical, horizontal = self.repeats
-        sizes = (frames * time, height * vertical, width * horizontal)
-        grown = made.new_empty(len(data), *sizes, self.conv.out_channels)
-        for t, y, x in itertools.product(*map(range, self.repeats)):
-            # The second of a pair begins one position later.
-            side = sides[:, :, y : y + height, x : x + width, t, y, x]
-            copy_rows(grown[:, t::time, y::vertical, x::horizontal], side)
-        return grown.movedim(-1, 1)
+        made = F.conv3d(data.movedim(-1, 1), self.weight)
+        return spread(rows_of(made), self.repeats, bias, causal=True).movedim(-1, 1)
 
     def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
         """How many frames of x it takes at a time."""
@@ -313,14 +290,6 @@ def _folded_conv(conv: CausalConv, repeats: tuple[int, int, int], run: Run) -> _
         run.folded.clear()
         run.folded.append(_FoldedConv(conv, repeats))
     return run.folded[0]
-
-
-def _folded(weight: Tensor, axis: int, times: int) -> tuple[Tensor, ...]:
-    """Weights for the first and the second of two equal positions; for one, the weight itself."""
-    if times == 1:
-        return (weight,)
-    before, here, behind = weight.unbind(axis)
-    return torch.stack((before, here + behind), axis), torch.stack((before + here, behind), axis)
 
 
 def repeated(x: Tensor, repeats: tuple[int, int, int], first: bool) -> Tensor:

@@ -10,31 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.rehearsal import device_of
-
-
-class Sum(NamedTuple):
-    """A sum that the next operation takes, so that adding up costs no pass over memory of its own.
-
-    Attributes:
-        x, branch: (B, C, S), or grids (B, C, ...).
-        bias: (C,).
-    """
-
-    x: Tensor
-    branch: Tensor | None = None
-    bias: Tensor | None = None
-
-    def value(self) -> Tensor:
-        """The sum (B, C, ...)."""
-        total = self.x if self.branch is None else self.x + self.branch
-        return total if self.bias is None else total + self.bias.view(-1, *[1] * (total.ndim - 2))
 
 
 def arrange(x: Tensor) -> Tensor:

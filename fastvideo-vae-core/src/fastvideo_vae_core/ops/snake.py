@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvideo_vae_core.ops.conv1d import Sum, conv1d
+from fastvideo_vae_core.ops.conv1d import conv1d
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.rehearsal import device_of
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from fastvideo_vae_core.ops.conv1d import Sum
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.rehearsal import device_of
 
 _WORD = torch.int64

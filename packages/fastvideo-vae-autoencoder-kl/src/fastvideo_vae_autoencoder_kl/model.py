@@ -20,10 +20,11 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.attention import GridAttention
-from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.norm import Moments, formulation, fuses, group_norm_act, plus
+from fastvideo_vae_core.ops.sums import Sum
+from fastvideo_vae_core.ops.upsampling import upsampled2d
 from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
@@ -261,8 +262,8 @@ class ResnetBlock(nn.Module):
         # The same, with biases left to who reads next: each would be a pass over memory.
         h = _unbiased(group_norm_act(x, self.norm1, self.act), self.conv1)
         h = _unbiased(group_norm_act(h, self.norm2, self.act, bias=self.conv1.bias), self.conv2)
-        assert self.conv2.bias is not None
-        return plus(h, self.conv2.bias, self.conv_shortcut(x))
+        shortcut, bias = self._unbiased_shortcut(x)
+        return plus(h, bias, shortcut)
 
     def steps(self, name: str) -> Iterator[Step]:
         yield Step(
@@ -296,7 +297,15 @@ class ResnetBlock(nn.Module):
         if not fuses(residual, self.norm2, self.act):
             return self._second(residual, x, moments)
         made = _unbiased(group_norm_act(residual, self.norm2, self.act, moments), self.conv2)
-        return Sum(made, self.conv_shortcut(x), self.conv2.bias)
+        return Sum(made, *self._unbiased_shortcut(x))
+
+    def _unbiased_shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes past the convolutions, and all biases of the sum."""
+        assert self.conv2.bias is not None
+        if not isinstance(self.conv_shortcut, nn.Conv2d):
+            return x, self.conv2.bias
+        assert self.conv_shortcut.bias is not None
+        return _unbiased(x, self.conv_shortcut), self.conv2.bias.float() + self.conv_shortcut.bias
 
 
 class Downsample(nn.Module):
@@ -322,7 +331,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.nearest(x))
+        return upsampled2d(x, self.conv, self.nearest)
 
     def step(self, name: str) -> Step:
         axes = (Axis(up=2, before=1, after=1),) * 2

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastvideo_vae_core.ops.attention import FrameCausalAttention, GridAttention
 from fastvideo_vae_core.ops.causal import rows_of
 from fastvideo_vae_core.ops.clip import CausalConv, Clip, Pointwise, Reading, Run, convolved, upsampled
-from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.norm import Moments
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
 from fastvideo_vae_gamecraft.config import HunyuanVideoArchConfig
 

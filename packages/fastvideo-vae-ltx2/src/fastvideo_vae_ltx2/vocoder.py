@@ -21,8 +21,9 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.ops import between
 from fastvideo_vae_core.ops.between import even_leaky
-from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, even1d, evened, needs, room, upsample1d
+from fastvideo_vae_core.ops.conv1d import arrange, conv1d, dilated1d, even1d, evened, needs, room, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.tiling import Axis, Step, slide
 from fastvideo_vae_core.units import Progress

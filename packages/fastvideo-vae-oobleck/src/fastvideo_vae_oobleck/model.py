@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
-from fastvideo_vae_core.ops.conv1d import Sum, arrange, conv1d, dilated1d, formulation, needs, room, upsample1d
+from fastvideo_vae_core.ops.conv1d import arrange, conv1d, dilated1d, formulation, needs, room, upsample1d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.snake import Snake, snake_pointwise
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.rehearsal import device_of
 from fastvideo_vae_core.sharding import Sharding

@@ -19,6 +19,7 @@ from fastvideo_vae_core.ops.causal import Cache, CausalConv3d, norm_silu_conv, r
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.rms_norm import RMSNorm
+from fastvideo_vae_core.ops.upsampling import upsampled2d
 from fastvideo_vae_wan.config import WanArchConfig
 
 
@@ -247,7 +248,10 @@ class Upsample2d(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         frames = rows_of(cache.widened(x, 1, 1))
-        return cache.narrowed(unstack(self.resample(stack(frames)), frames), 2, 2)
+        nearest, conv = self.resample
+        assert isinstance(nearest, Nearest)
+        assert isinstance(conv, nn.Conv2d)
+        return cache.narrowed(unstack(upsampled2d(stack(frames), conv, nearest), frames), 2, 2)
 
 
 class Upsample3d(Upsample2d):

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvideo_vae_core.ops.conv1d import Sum
 from fastvideo_vae_core.ops.kernels.snake import _snake
+from fastvideo_vae_core.ops.sums import Sum
 
 # Channels and groups of four samples that a program of Snake holds, plain and channels-last.
 _PLAIN, _LAST = (1, 256), (32, 8)

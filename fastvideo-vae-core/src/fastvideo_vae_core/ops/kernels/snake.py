@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fastvideo_vae_core.ops.conv1d import Sum
+from fastvideo_vae_core.ops.sums import Sum
 
 # Elements that a program of Snake holds at a time, and its warps.
 _TILE, _WARPS = 8192, 8
