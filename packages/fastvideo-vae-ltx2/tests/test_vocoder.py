@@ -64,6 +64,27 @@ def test_nothing_reaches_further_than_the_context(vocoder: LTX2Vocoder) -> None:
         assert at + axis.before - last <= 2
 
 
+def test_no_convolution_in_16_bits_on_a_gpu_copies_a_grid_into_the_plain_layout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where neither operand's strides are those of channels-last, PyTorch copies both, to where cuDNN is slower too."""
+    placed = type("Placed", (LTX2Vocoder,), {"device": torch.device("cuda")})
+    with torch.device("meta"), rehearsing(torch.device("cuda")):
+        vocoder = placed(VAEConfig(arch_config=LTX20_VOCODER)).to(torch.bfloat16)
+    layouts = collections.Counter[bool]()
+    convolve = torch.nn.functional.conv2d
+
+    def conv2d(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        suggested = {torch._prims_common.suggest_memory_format(each) for each in (x, weight)}
+        layouts[torch.channels_last in suggested] += 1
+        return convolve(x, weight, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    assert vocoder.plan_decode((1, 2, 501, 64)).peak_bytes
+    assert layouts[True] > 90
+    assert not layouts[False]
+
+
 def test_the_layout_of_gpus_gives_the_same(vocoder: LTX2Vocoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels innermost, dilations as rows, transposed convolutions as convolutions; all on the CPU here."""
     vocoder, mel = vocoder.double(), spectrogram(batch=2).double()

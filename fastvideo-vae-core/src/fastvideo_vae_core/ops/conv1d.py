@@ -111,11 +111,17 @@ def _over_grid(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """The convolution, without its bias, as a grid (B, C, H, dilation), or (B, C, 1, S) where nothing is dilated. x may
     be (B, C, S) or a grid of any width that has as many samples, a multiple of the dilation."""
     _, padding, dilation = _numbers(conv)
+    samples, row = x.shape[2:].numel(), x.stride(-1)
+    width = samples if dilation == 1 else dilation
+    if x.ndim == 3 or x.shape[3] != width:
+        # A view would do, but of the strides that it gives to axes of one element PyTorch would take the grid, and below
+        # the weight, for one in the plain layout, and copy it into that.
+        item = max(x.stride(0), samples * row)
+        x = x.as_strided((*x.shape[:2], samples // width, width), (item, x.stride(1), width * row, row))
     if dilation == 1:
-        grid = x if x.ndim == 4 and x.shape[2] == 1 else x.view(*x.shape[:2], 1, -1)
-        return F.conv2d(grid, conv.weight.unsqueeze(2), None, 1, (0, padding))
-    grid = x.view(*x.shape[:2], -1, dilation)
-    return F.conv2d(grid, conv.weight.unsqueeze(3), None, 1, (padding // dilation, 0))
+        return F.conv2d(x, conv.weight.unsqueeze(2), None, 1, (0, padding))
+    weight = conv.weight.as_strided((*conv.weight.shape, 1), (*conv.weight.stride(), conv.weight.stride(2)))
+    return F.conv2d(x, weight, None, 1, (padding // dilation, 0))
 
 
 def _interleaved(x: Tensor, conv: nn.ConvTranspose1d, samples: int | None = None) -> Tensor:
