@@ -212,12 +212,13 @@ def measured(
 def timed(
     vae: VAE, direction: Direction, x: Tensor, plan: Plan, options: argparse.Namespace
 ) -> tuple[Tensor, float, int]:
-    """The result, milliseconds, and the peak of the device's memory. The first run, which compiles, is not timed."""
+    """The result, milliseconds, and the peak of the device's memory. The first run, which compiles and fills
+    PyTorch's allocators, is not timed."""
     on_gpu = torch.device(options.device).type == "cuda"
     milliseconds, peak = 0.0, 0
-    for _ in range(2):
+    clean(options)
+    for last in (False, True) if on_gpu else (True,):
         if on_gpu:
-            clean(options)
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -226,9 +227,7 @@ def timed(
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         milliseconds = 1e3 * (time.perf_counter() - begin)
-        if not on_gpu:
-            break
-        if _ == 0:
+        if not last:
             del made
     return made, milliseconds, peak
 
