@@ -114,8 +114,8 @@ def _over_grid(x: Tensor, conv: nn.Conv1d) -> Tensor:
     samples, row = x.shape[2:].numel(), x.stride(-1)
     width = samples if dilation == 1 else dilation
     if x.ndim == 3 or x.shape[3] != width:
-        # A view would do, but of the strides that it gives to axes of one element PyTorch would take the grid, and below
-        # the weight, for one in the plain layout, and copy it into that.
+        # A view would do, but for the strides that it gives to axes of one element PyTorch would take the grid, and
+        # below the weight, for one in the plain layout, and copy it into that.
         item = max(x.stride(0), samples * row)
         x = x.as_strided((*x.shape[:2], samples // width, width), (item, x.stride(1), width * row, row))
     if dilation == 1:
