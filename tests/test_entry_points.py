@@ -10,8 +10,6 @@ from fastvideo_vae_core import Family, families, resolve
 from workspace import ENTRY_POINT_GROUP, Member, installable_members, members
 
 FAMILIES = [member for member in installable_members() if member.is_family]
-# Families that work and have no demonstration weights yet.
-UNTRAINED = set[str]()
 
 
 def test_the_installed_entry_points_are_those_of_the_workspace() -> None:
@@ -36,17 +34,7 @@ def test_every_class_name_resolves_to_its_family_only(member: Member) -> None:
     assert all(resolve(class_name) is family for class_name in family.class_names)
 
 
-@pytest.mark.parametrize(
-    "member",
-    [
-        pytest.param(
-            member,
-            marks=pytest.mark.xfail(member.name in UNTRAINED, reason="its miniature is not trained yet", strict=True),
-        )
-        for member in FAMILIES
-    ],
-    ids=lambda member: member.name,
-)
+@pytest.mark.parametrize("member", FAMILIES, ids=lambda member: member.name)
 def test_a_family_ships_what_its_demo_needs(member: Member) -> None:
     family: Family = resolve(*member.families)
     shipped = [name for name in (family.demo, family.demo_media) if name]
