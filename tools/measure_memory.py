@@ -212,12 +212,12 @@ def measured(
 def timed(
     vae: VAE, direction: Direction, x: Tensor, plan: Plan, options: argparse.Namespace
 ) -> tuple[Tensor, float, int]:
-    """The result, milliseconds, and the peak of the device's memory. The first run, which compiles and fills
-    PyTorch's allocators, is not timed."""
+    """The result, milliseconds, and the peak of the device's memory, of the last run. Those before it, which compile
+    and fill PyTorch's allocators, are not timed."""
     on_gpu = torch.device(options.device).type == "cuda"
     milliseconds, peak = 0.0, 0
     clean(options)
-    for last in (False, True) if on_gpu else (True,):
+    for last in (False, False, True) if on_gpu else (True,):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()

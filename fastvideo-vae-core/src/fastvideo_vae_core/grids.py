@@ -9,7 +9,7 @@ been made from.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -61,11 +61,17 @@ class Held(Grid):
 
 
 class Slab(NamedTuple):
-    """The elements `span` of the axis along which a grid is cut."""
+    """The elements `span` of the axis along which a grid is cut; `host` is the memory of the host that they lie in,
+    None for those on the device."""
 
     span: Span
     data: Tensor
-    on_host: bool
+    host: Tensor | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it has to be brought before it is read."""
+        return self.host is not None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -79,10 +85,6 @@ class Slabs(Grid):
 
     axis: int
     slabs: list[Slab] = field(default_factory=list)
-
-    def release(self, before: int) -> None:
-        """Let go of what lies in front of this element."""
-        self.slabs[:] = [slab for slab in self.slabs if slab.span[1] > before]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -104,6 +106,8 @@ class Courier:
     On a GPU there is a stream for each way and pinned memory. All that a stream touches on the device belongs to the
     stream that computes, and each waits for the other before it reuses memory, so what is there at a time does not
     depend on who is faster: a crop that is used and one that is coming, a tile that is being made and one that leaves.
+    Pinned memory is reused in the same way: PyTorch gives it again only when the GPU is through with it, which a CPU
+    that runs ahead never sees, and pinning more takes tens of milliseconds each time.
     Elsewhere copies are done at once.
     """
 
@@ -115,6 +119,8 @@ class Courier:
         # Made when the host is used first: a call that is recorded as a graph must not wait for streams of its own.
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._leaving = deque[tuple[torch.cuda.Event | None, list[Tensor]]]()
+        # Of the host's memory what no slab is in, by its size.
+        self._free = defaultdict[int, list[Tensor]](list)
 
     def __enter__(self) -> Courier:
         return self
@@ -166,12 +172,12 @@ class Courier:
             # A tile of whole rows is the slab, unless it is a part of something larger.
             piece = dense(piece)
             if piece.untyped_storage().nbytes() == piece.nbytes:
-                grid.slabs.append(Slab(span, piece, False))
+                grid.slabs.append(Slab(span, piece))
                 return
         if not any(slab.span[0] == start for slab in grid.slabs):
             for part, on_host in (((start, edge), False), ((edge, stop), True)):
                 if part[0] < part[1]:
-                    grid.slabs.append(Slab(part, self._room(piece, grid, part, on_host), on_host))
+                    grid.slabs.append(self._room(piece, grid, part, on_host))
         leaving: list[Tensor] = []
         for slab in grid.slabs:
             if start <= slab.span[0] < stop:
@@ -189,15 +195,35 @@ class Courier:
             while len(self._leaving) > 1:
                 self._let_go()
 
-    def _room(self, piece: Tensor, grid: Slabs, span: Span, on_host: bool) -> Tensor:
+    def release(self, grid: Slabs, before: int) -> None:
+        """Let go of what lies in front of this element of a grid, which no tile that is still to be begun needs.
+
+        What is stored next may take its memory on the host: it leaves behind all that the stream that computes has
+        waited for, and the last crop from there is among it.
+        """
+        for slab in grid.slabs:
+            if slab.span[1] <= before and slab.host is not None:
+                self._free[slab.host.nbytes].append(slab.host)
+        grid.slabs[:] = [slab for slab in grid.slabs if slab.span[1] > before]
+
+    def _room(self, piece: Tensor, grid: Slabs, span: Span, on_host: bool) -> Slab:
         sizes = list(grid.sizes)
         sizes[grid.axis - 2] = span[1] - span[0]
         shape, layout = (*piece.shape[:2], *sizes), layout_of(piece)
         if not on_host:
-            return torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=layout)
-        device, pinned = piece.device if piece.is_meta else torch.device("cpu"), self._asynchronous
+            return Slab(span, torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=layout))
+        device = piece.device if piece.is_meta else torch.device("cpu")
         with elsewhere():
-            return torch.empty(shape, dtype=piece.dtype, device=device, pin_memory=pinned, memory_format=layout)
+            like = torch.empty(shape, dtype=piece.dtype, device="meta", memory_format=layout)
+            # PyTorch would round pinned memory up to a power of two.
+            size = 1 << (like.nbytes - 1).bit_length()
+            free = self._free[size]
+            host = free.pop() if free else self._pinned(size, device)
+            data = host.view(piece.dtype).as_strided(shape, like.stride())
+        return Slab(span, data, host)
+
+    def _pinned(self, size: int, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=self._asynchronous)
 
     def _upload(self, into: Tensor, source: Tensor) -> None:
         if (seen := rehearsal()) is not None:

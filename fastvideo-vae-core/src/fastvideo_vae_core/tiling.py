@@ -337,7 +337,7 @@ def _run_step(
             done()
             like = partial(_blank, piece.shape[:2], piece.dtype, layout_of(piece))
             for grid in dying:
-                grid.release(needed[index][grid])
+                courier.release(grid, needed[index][grid])
             if following is not None and times:
                 gathered.append(Moments.of(piece, following.num_groups))
             local = tuple((a - c, b - c) for (a, b), (c, _) in zip(region, part.region, strict=True))
