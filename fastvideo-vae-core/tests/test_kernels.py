@@ -144,7 +144,7 @@ def test_sizes_share_their_programs(monkeypatch: pytest.MonkeyPatch) -> None:
             for each in (None, bias):
                 rms_norm.norm_silu_into(out, rows, bias, each, taps=taps, shift=2)
             window = Window(rows.new_empty(1, frames, height + 2, width + 2, taps * channels), taps, 2, 1)
-            clip.fill(window, rows, (scale, offset), lead=taps - 1, border=1)
+            clip.fill(window, rows, (scale, offset), lead=taps - 1, borders=(1, 1))
         rms_norm.add_(rows, bias, rows)
         norm = nn.GroupNorm(16, channels, device="meta")
         group_norm.group_norm_silu(rows.movedim(-1, 1), norm, True)

@@ -257,7 +257,7 @@ class Model:
                 asked += times * len(makings)
                 for grid, making in makings:
                     source = self.steps[index if grid is None else grid.index]
-                    work += times * source.work * _share(source, making.crop())
+                    work += times * source.work * _share(source, making)
                 for grid, box in wanted.items():
                     if grid.index >= 0 and shares and shares[grid.index] and not isinstance(grid, Anew):
                         part = math.prod((b - a) / size for (a, b), size in zip(box, grid.sizes, strict=True))
@@ -282,7 +282,10 @@ def _kinds(passed: Passed, tile: Sequence[int]) -> list[tuple[Region, int]]:
     return [(region, counts[size]) for size, region in found.items()]
 
 
-def _share(passed: Passed, crop: Region) -> float:
-    """What a step makes of a crop, as a part of what it makes of all."""
-    axes = zip(passed.step.axes, crop, passed.sizes, strict=True)
-    return math.prod(axis.output_size(stop - start) / axis.output_size(size) for axis, (start, stop), size in axes)
+def _share(passed: Passed, making: Making) -> float:
+    """What a step computes for a region, with what is cut off, as a part of what it makes of all."""
+    share = 1.0
+    axes = zip(passed.step.axes, making.region, making.crop(), making.inner(), passed.sizes, strict=True)
+    for axis, (start, stop), (first, last), inner, size in axes:
+        share *= (stop - start if inner else axis.output_size(last - first)) / axis.output_size(size)
+    return share

@@ -287,13 +287,28 @@ class Making(NamedTuple):
         axes = zip(self.step.axes, self.region, self.reads[0].sizes, strict=True)
         return tuple(axis.needs(*span, size) for axis, span, size in axes)
 
+    def inner(self) -> tuple[bool, ...]:
+        """Along which axes those go on by the whole halo at both ends, so that nothing has to be padded."""
+        if not self.step.trims:
+            return (False,) * len(self.region)
+        axes = zip(self.step.axes, self.region, self.crop(), strict=True)
+        return tuple(
+            axis.down == 1
+            and start - axis.position(first) == axis.before * axis.up > 0
+            and last * axis.up - axis.lead - stop == axis.after * axis.up
+            for axis, (start, stop), (first, last) in axes
+        )
+
     def run(self, crops: Sequence[Tensor]) -> Tensor | Sum:
         """The region, from these elements; what their borders spoiled is cut off."""
+        inner = self.inner()
+        made = self.step.run(crops, self.moments, inner) if any(inner) else self.step.run(crops, self.moments)
+        sizes = (made if isinstance(made, Tensor) else made.x).shape[2:]
         keep = []
-        for axis, (start, stop), (first, _) in zip(self.step.axes, self.region, self.crop(), strict=True):
-            skip = start - axis.position(first)
+        for axis, size, (start, stop), (first, _) in zip(self.step.axes, sizes, self.region, self.crop(), strict=True):
+            skip = 0 if size == stop - start else start - axis.position(first)
             keep.append(slice(skip, skip + stop - start))
-        made, inside = self.step.run(crops, self.moments), (slice(None), slice(None), *keep)
+        inside = (slice(None), slice(None), *keep)
         if isinstance(made, Tensor):
             return made[inside]
         return Sum(made.x[inside], None if made.branch is None else made.branch[inside], made.bias)

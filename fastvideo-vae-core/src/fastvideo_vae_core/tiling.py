@@ -112,17 +112,20 @@ class Step:
         axes: one for each axis behind (B, C), about the network with its own padding at every border of a crop.
         run: from the grids and, where `norm` is set, the moments of the first of them, to the new grid. Given None for
             the moments it takes them over what it sees. A sum is added up in the pass that puts it into its place.
+        trims: whether `run` takes a third argument, which says for each axis whether the crop goes on by the halo at
+            both ends. There it need not pad, and may give what is in between only, which saves computing the rest.
         norm: the normalisation at the head of the step, whose statistics span the whole of the first grid.
         excerpt: where axes are whole: from whole grids to a region of the new one, along the axes behind (B, C), for
             less than the work of all of it. Attention has it: there are keys everywhere, and queries where asked.
     """
 
     name: str
-    run: Callable[[Sequence[Tensor], Moments | None], Tensor | Sum]
+    run: Callable[..., Tensor | Sum]
     axes: tuple[Axis, ...]
     reads: tuple[str, ...] = ("x",)
     writes: str = "x"
     norm: nn.GroupNorm | None = None
+    trims: bool = False
     excerpt: Callable[[Sequence[Tensor], Sequence[slice]], Tensor] | None = None
 
 

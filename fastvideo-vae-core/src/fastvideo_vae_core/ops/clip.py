@@ -123,12 +123,20 @@ class Reading(NamedTuple):
     Attributes:
         moments: of the whole clip; None: the piece is the whole.
         repeats: how often each frame, row and column comes. The first frame of a clip comes once.
+        inner: whether the rows, and the columns, of the clip go on beyond what the convolution is wanted of, so that
+            nothing stands around them.
     """
 
     norm: nn.GroupNorm | None = None
     moments: Moments | None = None
     bias: Tensor | None = None
     repeats: tuple[int, int, int] = (1, 1, 1)
+    inner: tuple[bool, bool] = (False, False)
+
+    def borders(self, border: int) -> tuple[int, int]:
+        """How often the nearest position is repeated beyond rows and columns, for a convolution that sees so far."""
+        rows, columns = self.inner
+        return 0 if rows else border, 0 if columns else border
 
     def fuses(self, piece: Tensor, run: Run) -> bool:
         """Whether a kernel can do it."""
@@ -247,17 +255,20 @@ def convolved(
     run.passed()
 
 
-def upsampled(x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int]) -> Iterator[Tensor]:
+def upsampled(
+    x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int], inner: tuple[bool, bool] = (False, False)
+) -> Iterator[Tensor]:
     """The convolution of a clip whose positions are repeated, piece by piece; the clip is empty afterwards. Of the
     first frame there is one.
 
     repeats: 1 or 2 for frames, rows and columns.
+    inner: see `Reading`; what the first and the last position become is missing there, where kernels are fused.
     """
     if not run.fuses(x.pieces[0], conv.conv.weight):
         yield from convolved(x, conv, run, Reading(repeats=repeats))
         return
     surplus = repeats[0] - 1
-    for piece in convolved(x, _folded_conv(conv, repeats, run), run):
+    for piece in convolved(x, _folded_conv(conv, repeats, run), run, Reading(inner=inner)):
         yield piece[:, :, surplus:]
         surplus = 0
 
@@ -324,8 +335,12 @@ class _Passing:
         if self.run.fuses(part, self.conv.conv.weight) and self.reading.fuses(part, self.run):
             self._data = self._filled(part)
             return
-        before, border = self.conv.taps - 1 if self._held is None else 0, self.conv.border
-        made = F.pad(self.reading.of(part, self._held is None), [border] * 4 + [before, 0], mode="replicate")
+        before, (rows, columns) = (
+            self.conv.taps - 1 if self._held is None else 0,
+            self.reading.borders(self.conv.border),
+        )
+        around = [columns, columns, rows, rows, before, 0]
+        made = F.pad(self.reading.of(part, self._held is None), around, mode="replicate")
         self._data = made if self._held is None else torch.cat([self._held, made], 2)
 
     def convolve(self, bias: Tensor | None) -> Iterator[Tensor]:
@@ -354,7 +369,8 @@ class _Passing:
         batch, channels, frames = part.shape[:3]
         lead = conv.taps - 1 if held is None else 0
         shift = lead if held is None else held.shape[1]
-        sizes = (size + 2 * conv.border for size in part.shape[3:])
+        borders = self.reading.borders(conv.border)
+        sizes = (size + 2 * border for size, border in zip(part.shape[3:], borders, strict=True))
         shape = (batch, shift + frames - conv.slots + 1, *sizes, conv.slots * channels)
         room = self._room
         if room is None or batch > 1 or room.shape[1] < shape[1]:
@@ -374,7 +390,7 @@ class _Passing:
         from fastvideo_vae_core.ops.kernels.clip import fill
 
         rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
-        fill(window, rows, self._affine, lead=lead, border=conv.border)
+        fill(window, rows, self._affine, lead=lead, borders=borders)
         return window
 
 

@@ -23,12 +23,16 @@ from fastvideo_vae_core.ops.words import copy_rows, write_rows
 from fastvideo_vae_core.rehearsal import device_of
 
 
-def upsampled2d(x: Tensor, conv: nn.Conv2d, nearest: Nearest) -> Tensor:
+def upsampled2d(x: Tensor, conv: nn.Conv2d, nearest: Nearest, inner: Sequence[bool] = (False, False)) -> Tensor:
     """conv(nearest(x)), (B, C, H, W) -> (B, O, 2H, 2W), of a 3 x 3 convolution with padding 1; folded in 16 bits on a
-    GPU, where there is nothing to differentiate."""
+    GPU, where there is nothing to differentiate.
+
+    inner: whether rows, and columns, of x go on beyond what is wanted. What the first and the last become is missing
+        there, if it is folded.
+    """
     if not _folds(x, conv):
         return conv(nearest(x))
-    made = F.conv2d(x, folded(conv.weight, (2, 2)), None, 1, 1)
+    made = F.conv2d(x, folded(conv.weight, (2, 2)), None, 1, [0 if each else 1 for each in inner])
     return spread(made.movedim(1, -1), (2, 2), conv.bias).movedim(-1, 1)
 
 

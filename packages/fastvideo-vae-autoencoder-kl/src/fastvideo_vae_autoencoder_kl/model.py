@@ -30,6 +30,9 @@ from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
 from fastvideo_vae_core.vae import ParallelTiledVAE
 
 Act = Callable[[Tensor], Tensor]
+# Whether rows, and columns, of a crop go on beyond what is wanted; see `Step.trims`.
+Inner = tuple[bool, ...]
+_BORDERED = (False, False)
 
 
 class AutoencoderKL(ParallelTiledVAE[DiagonalGaussianDistribution]):
@@ -268,17 +271,19 @@ class ResnetBlock(nn.Module):
     def steps(self, name: str) -> Iterator[Step]:
         yield Step(
             name=f"{name}.conv1",
-            run=lambda grids, moments: self._first_step(grids[0], moments),
+            run=lambda grids, moments, inner=_BORDERED: self._first_step(grids[0], moments, inner),
             axes=_CONV,
             writes="residual",
             norm=self.norm1,
+            trims=True,
         )
         yield Step(
             name=f"{name}.conv2",
-            run=lambda grids, moments: self._second_step(grids[0], grids[1], moments),
+            run=lambda grids, moments, inner=_BORDERED: self._second_step(grids[0], grids[1], moments, inner),
             axes=_CONV,
             reads=("residual", "x"),
             norm=self.norm2,
+            trims=True,
         )
 
     def _first(self, x: Tensor, moments: Moments | None) -> Tensor:
@@ -288,16 +293,19 @@ class ResnetBlock(nn.Module):
         # The convolution's result is new, so the sum needs no further buffer.
         return self.conv2(group_norm_act(residual, self.norm2, self.act, moments)).add_(self.conv_shortcut(x))
 
-    def _first_step(self, x: Tensor, moments: Moments | None) -> Tensor | Sum:
+    def _first_step(self, x: Tensor, moments: Moments | None, inner: Inner) -> Tensor | Sum:
         if not fuses(x, self.norm1, self.act):
             return self._first(x, moments)
-        return Sum(_unbiased(group_norm_act(x, self.norm1, self.act, moments), self.conv1), bias=self.conv1.bias)
+        made = _unbiased(group_norm_act(x, self.norm1, self.act, moments), self.conv1, inner)
+        return Sum(made, bias=self.conv1.bias)
 
-    def _second_step(self, residual: Tensor, x: Tensor, moments: Moments | None) -> Tensor | Sum:
+    def _second_step(self, residual: Tensor, x: Tensor, moments: Moments | None, inner: Inner) -> Tensor | Sum:
         if not fuses(residual, self.norm2, self.act):
             return self._second(residual, x, moments)
-        made = _unbiased(group_norm_act(residual, self.norm2, self.act, moments), self.conv2)
-        return Sum(made, *self._unbiased_shortcut(x))
+        made = _unbiased(group_norm_act(residual, self.norm2, self.act, moments), self.conv2, inner)
+        shortcut, bias = self._unbiased_shortcut(x)
+        rows, columns = (slice(1, -1) if each else slice(None) for each in inner)
+        return Sum(made, shortcut[:, :, rows, columns], bias)
 
     def _unbiased_shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What goes past the convolutions, and all biases of the sum."""
@@ -330,12 +338,16 @@ class Upsample(nn.Module):
         self.nearest = Nearest()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return upsampled2d(x, self.conv, self.nearest)
+    def forward(self, x: Tensor, inner: Inner = _BORDERED) -> Tensor:
+        return upsampled2d(x, self.conv, self.nearest, inner)
 
     def step(self, name: str) -> Step:
-        axes = (Axis(up=2, before=1, after=1),) * 2
-        return Step(name=f"{name}.upsample", run=lambda grids, _: self(grids[0]), axes=axes)
+        return Step(
+            name=f"{name}.upsample",
+            run=lambda grids, _, inner=_BORDERED: self(grids[0], inner),
+            axes=(Axis(up=2, before=1, after=1),) * 2,
+            trims=True,
+        )
 
 
 ACTIVATIONS: dict[str, Act] = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
@@ -348,8 +360,11 @@ def _arch(config: VAEConfig) -> AutoencoderKLArchConfig:
     return config.arch_config
 
 
-def _unbiased(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+def _unbiased(x: Tensor, conv: nn.Conv2d, inner: Inner = _BORDERED) -> Tensor:
+    """The convolution without its bias, and without padding rows, or columns, where the crop goes on."""
+    assert not isinstance(conv.padding, str)
+    padding = [0 if each else size for size, each in zip(conv.padding, inner, strict=True)]
+    return F.conv2d(x, conv.weight, None, conv.stride, padding)
 
 
 def _conv_step(name: str, conv: nn.Conv2d) -> Step:

@@ -23,6 +23,8 @@ from fastvideo_vae_core.tiling import POINTWISE, WHOLE, Axis, Step
 from fastvideo_vae_gamecraft.config import HunyuanVideoArchConfig
 
 Repeats = tuple[int, int, int]
+# Whether rows, and columns, of a crop go on beyond what is wanted; see `Reading`.
+Inner = tuple[bool, bool]
 
 
 class Encoder(nn.Module):
@@ -161,46 +163,65 @@ class ResnetBlock(nn.Module):
     def steps(self, name: str, run: Run) -> Iterator[Step]:
         yield Step(
             name=f"{name}.conv1",
-            run=lambda grids, moments: self._first(*_known(grids[0], self.norm1, run, moments)).pending(),
+            run=lambda grids, moments, inner=_BORDERED: self._first_step(grids[0], run, moments, inner[1:]),
             axes=_CONV,
             writes="residual",
             norm=self.norm1,
+            trims=True,
         )
         yield Step(
             name=f"{name}.conv2",
-            run=lambda grids, moments: self._step(grids[0], grids[1], run, moments),
+            run=lambda grids, moments, inner=_BORDERED: self._second_step(grids[0], grids[1], run, moments, inner[1:]),
             axes=_CONV,
             reads=("residual", "x"),
             norm=self.norm2,
+            trims=True,
         )
 
-    def _first(self, x: Clip, run: Run, moments: Moments | None, skip: list[Tensor] | None = None) -> Clip:
+    def _first(
+        self,
+        x: Clip,
+        run: Run,
+        moments: Moments | None,
+        skip: list[Tensor] | None = None,
+        inner: Inner = (False, False),
+    ) -> Clip:
         fuses = _fuses(x, self.norm1, self.conv1, run)
         pieces = convolved(
             x,
             self.conv1,
             run,
-            Reading(self.norm1, moments, x.bias),
+            Reading(self.norm1, moments, x.bias, inner=inner),
             bias=not fuses,
             passed=None if skip is None else lambda part: skip.append(self.conv_shortcut(part)),
         )
         return Clip(list(pieces), bias=self.conv1.conv.bias if fuses else None)
 
-    def _second(self, residual: Clip, skip: list[Tensor], run: Run, moments: Moments | None) -> Clip:
+    def _second(
+        self, residual: Clip, skip: list[Tensor], run: Run, moments: Moments | None, inner: Inner = (False, False)
+    ) -> Clip:
         fuses = _fuses(residual, self.norm2, self.conv2, run)
         bias = self.conv2.conv.bias if fuses else None
         made = []
-        reading = Reading(self.norm2, moments, residual.bias)
+        reading = Reading(self.norm2, moments, residual.bias, inner=inner)
         for piece in convolved(residual, self.conv2, run, reading, bias=not fuses):
             made.append(_plus(piece, bias, _next(skip, piece.shape[2])))
         return Clip(made)
 
-    def _step(self, residual: Tensor, x: Tensor, run: Run, moments: Moments | None) -> Tensor | Sum:
-        clip, run, moments = _known(residual, self.norm2, run, moments)
+    def _first_step(self, x: Tensor, run: Run, moments: Moments | None, inner: Inner) -> Tensor | Sum:
+        clip, moments = _known(x, self.norm1, run, moments)
+        return self._first(clip, run, moments, inner=inner).pending()
+
+    def _second_step(
+        self, residual: Tensor, x: Tensor, run: Run, moments: Moments | None, inner: Inner
+    ) -> Tensor | Sum:
+        clip, moments = _known(residual, self.norm2, run, moments)
+        rows, columns = (slice(1, -1) if each else slice(None) for each in inner)
+        skip = self.conv_shortcut(x)[:, :, :, rows, columns]
         if not _fuses(clip, self.norm2, self.conv2, run):
-            return self._second(clip, [self.conv_shortcut(x)], run, moments).joined()
-        pieces = list(convolved(clip, self.conv2, run, Reading(self.norm2, moments), bias=False))
-        return Sum(Clip(pieces).joined(), self.conv_shortcut(x), self.conv2.conv.bias)
+            return self._second(clip, [skip], run, moments, inner).joined()
+        pieces = list(convolved(clip, self.conv2, run, Reading(self.norm2, moments, inner=inner), bias=False))
+        return Sum(Clip(pieces).joined(), skip, self.conv2.conv.bias)
 
 
 class Downsample(nn.Module):
@@ -242,8 +263,8 @@ class Upsample(nn.Module):
         self.conv = CausalConv(width, width)
         self.repeats = repeats
 
-    def forward(self, x: Clip, run: Run) -> Clip:
-        return Clip(list(upsampled(x, self.conv, run, self.repeats)))
+    def forward(self, x: Clip, run: Run, inner: Inner = (False, False)) -> Clip:
+        return Clip(list(upsampled(x, self.conv, run, self.repeats, inner)))
 
     def step(self, name: str, run: Run) -> Step:
         time, *space = self.repeats
@@ -251,18 +272,31 @@ class Upsample(nn.Module):
             Axis(up=2, lead=1, before=1) if time == 2 else _TIME,
             *(Axis(up=2, before=1, after=1) if each == 2 else _SPACE for each in space),
         )
-        return Step(name=f"{name}.upsample", run=lambda grids, _: self(Clip([grids[0]]), run).joined(), axes=axes)
+        return Step(
+            name=f"{name}.upsample",
+            run=lambda grids, _, inner=_BORDERED: self(Clip([grids[0]]), run, inner[1:]).joined(),
+            axes=axes,
+            trims=True,
+        )
 
 
-def norm_conv(x: Clip, norm: nn.GroupNorm, conv: CausalConv, run: Run, moments: Moments | None = None) -> Clip:
+def norm_conv(
+    x: Clip,
+    norm: nn.GroupNorm,
+    conv: CausalConv,
+    run: Run,
+    moments: Moments | None = None,
+    inner: Inner = (False, False),
+) -> Clip:
     """conv(silu(norm(x)))."""
     moments = x.moments(norm, run) if moments is None else moments
-    return Clip(list(convolved(x, conv, run, Reading(norm, moments, x.bias))))
+    return Clip(list(convolved(x, conv, run, Reading(norm, moments, x.bias, inner=inner))))
 
 
 _TIME = Axis(before=2)
 _SPACE = Axis(before=1, after=1)
 _CONV = (_TIME, _SPACE, _SPACE)
+_BORDERED = (False, False, False)
 
 
 def _conv_step(name: str, conv: CausalConv, run: Run) -> Step:
@@ -272,9 +306,12 @@ def _conv_step(name: str, conv: CausalConv, run: Run) -> Step:
 def _norm_conv_step(name: str, norm: nn.GroupNorm, conv: CausalConv, run: Run) -> Step:
     return Step(
         name=name,
-        run=lambda grids, moments: norm_conv(Clip([grids[0]]), norm, conv, run, moments).joined(),
+        run=lambda grids, moments, inner=_BORDERED: norm_conv(
+            Clip([grids[0]]), norm, conv, run, moments, inner[1:]
+        ).joined(),
         axes=_CONV,
         norm=norm,
+        trims=True,
     )
 
 
@@ -283,10 +320,10 @@ def pointwise_step(name: str, layer: nn.Module) -> Step:
     return Step(name=name, run=lambda grids, _: layer(grids[0]), axes=(POINTWISE,) * 3)
 
 
-def _known(grid: Tensor, norm: nn.GroupNorm, run: Run, moments: Moments | None) -> tuple[Clip, Run, Moments | None]:
+def _known(grid: Tensor, norm: nn.GroupNorm, run: Run, moments: Moments | None) -> tuple[Clip, Moments | None]:
     """A crop as a clip, with the moments of the whole grid, or its own where none are given."""
     clip = Clip([grid])
-    return clip, run, clip.moments(norm, run) if moments is None else moments
+    return clip, clip.moments(norm, run) if moments is None else moments
 
 
 def _fuses(x: Clip, norm: nn.GroupNorm, conv: CausalConv, run: Run) -> bool:

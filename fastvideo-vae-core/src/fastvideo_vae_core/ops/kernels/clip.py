@@ -16,16 +16,19 @@ from fastvideo_vae_core.ops.causal import Window
 _TILE = 4096
 
 
-def fill(window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, lead: int, border: int) -> None:
+def fill(
+    window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, lead: int, borders: tuple[int, int]
+) -> None:
     """Write silu(rows * scale + offset), or the rows, behind the frames that a window remembers.
 
-    window: of frames with `border` more positions at each side, which repeat the nearest one.
+    window: of frames with so many more rows and columns at each side as `borders` says, which repeat the nearest one.
     rows: (B, T, H, W, C), dense. affine: scale and offset (B, C), float32.
     lead: how often the first frame comes in front of itself.
     """
     batch, frames, height, width, channels = rows.shape
     out = window.data
-    positions = (height + 2 * border) * (width + 2 * border)
+    rows_around, columns_around = borders
+    positions = (height + 2 * rows_around) * (width + 2 * columns_around)
     # Sizes come at run time, so that few programs have to be compiled: one for each power of two of channels.
     columns = int(triton.next_power_of_2(channels))
     block = max(_TILE // columns, 1)
@@ -44,7 +47,8 @@ def fill(window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, 
             positions,
             window.taps,
             lead,
-            border,
+            rows_around,
+            columns_around,
             channels,
             AFFINE=affine is not None,
             BLOCK=block,
@@ -54,7 +58,18 @@ def fill(window: Window, rows: Tensor, affine: tuple[Tensor, Tensor] | None, *, 
 
 
 @triton.jit(
-    do_not_specialize=["frames", "height", "width", "out_frames", "shift", "positions", "slots", "lead", "border"]
+    do_not_specialize=[
+        "frames",
+        "height",
+        "width",
+        "out_frames",
+        "shift",
+        "positions",
+        "slots",
+        "lead",
+        "above",
+        "beside",
+    ]
 )
 def _fill_kernel(
     x_ptr,
@@ -69,7 +84,8 @@ def _fill_kernel(
     positions,
     slots,
     lead,
-    border,
+    above,
+    beside,
     channels,
     AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -79,12 +95,12 @@ def _fill_kernel(
     program = tl.program_id(1).to(tl.int64)
     made = frames + lead
     item, t = program // made, program % made - lead
-    across = width + 2 * border
+    across = width + 2 * beside
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, COLUMNS)[None, :]
     here = (position < positions)[:, None] & (column < channels)
-    y = tl.minimum(tl.maximum(position // across - border, 0), height - 1)
-    x = tl.minimum(tl.maximum(position % across - border, 0), width - 1)
+    y = tl.minimum(tl.maximum(position // across - above, 0), height - 1)
+    x = tl.minimum(tl.maximum(position % across - beside, 0), width - 1)
     source = ((item * frames + tl.maximum(t, 0)) * height + y) * width + x
     value = tl.load(x_ptr + source[:, None] * channels + column, mask=here, other=0.0)
     if AFFINE:
