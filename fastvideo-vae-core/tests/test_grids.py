@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo_vae_core import budget
@@ -83,6 +86,38 @@ def test_places_change_no_number(tile: tuple[int, int], last: bool) -> None:
         if "anew" not in places:
             # Tiles are made of the same crops, wherever these come from.
             assert torch.equal(made, on_device)
+
+
+def test_a_step_that_trims_computes_less_of_the_same() -> None:
+    """Two convolutions of a tile that goes on at both ends, and of those at the borders, which do not."""
+    convs = [nn.Conv2d(4, 4, 3, padding=1).double().requires_grad_(False) for _ in range(3)]
+    seen = Counter[tuple[bool, ...]]()
+
+    def trimmed(
+        grids: Sequence[Tensor], _: object, inner: tuple[bool, ...] = (False, False), *, conv: nn.Conv2d
+    ) -> Tensor:
+        seen[inner] += 1
+        return F.conv2d(grids[0], conv.weight, conv.bias, padding=[0 if each else 1 for each in inner])
+
+    plain, steps = (
+        [Step(name="", run=partial(run, conv=conv), axes=CONV, trims=trims) for conv in convs]
+        for run, trims in ((lambda grids, _, conv: conv(grids[0]), False), (trimmed, True))
+    )
+    x = seeded((1, 4, 24, 7))
+    for places in (("device",) * 3, ("slabs", "anew", "device"), ("anew", "anew", "device")):
+        seen.clear()
+        expected = run_steps(plain, x, (4, 7), places, (0.5,) * 3)
+        assert float((run_steps(steps, x, (4, 7), places, (0.5,) * 3) - expected).abs().max()) <= 1e-12
+        assert set(seen) == {(False, False), (True, False)}
+        assert seen[True, False] > seen[False, False]
+
+    def work(steps: Sequence[Step]) -> float:
+        for conv in convs:
+            conv.to("meta")
+        return forecast(lambda x: run_steps(steps, x, (4, 7)), x.shape, x.dtype).work
+
+    # Of four tiles in the middle, of six rows.
+    assert work(plain) - work(steps) == 3 * 4 * 2 * 7 * 4 * 36
 
 
 def test_a_grid_that_no_norm_reads_and_one_that_is_read_twice() -> None:

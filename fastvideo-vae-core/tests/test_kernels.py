@@ -12,11 +12,12 @@ from torch import nn
 from fastvideo_vae_core.testing.interpreter import interpreted
 
 _SCRIPT = """
-import json, torch, torch.nn.functional as F
+import json, math, torch, torch.nn.functional as F
 from torch import nn
 from fastvideo_vae_core.ops.kernels import rows
 from fastvideo_vae_core.ops.kernels.group_norm import apply_affine, group_norm_silu, moments
 from fastvideo_vae_core.ops.norm import Moments
+from fastvideo_vae_core.ops.upsampling import spread
 
 def last(x):
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
@@ -59,6 +60,15 @@ with torch.no_grad():
             errors[f"rows {channels} {name}"] = float((out - wanted).abs().max())
             # Nothing beside them.
             assert (whole != 0).sum() == (out != 0).sum()
+    for repeats, causal in (((2, 2), False), ((1, 2, 2), True), ((2, 2, 2), True), ((2, 1), False)):
+        ways = math.prod(repeats)
+        made = torch.randn(2, *(5, 4, 7)[-len(repeats) :], ways * 24)
+        for bias in (None, torch.randn(24)):
+            wanted = spread(made, repeats, bias, causal)
+            shifts = [0 if causal and axis == 0 else times - 1 for axis, times in enumerate(repeats)]
+            out = torch.full_like(wanted, float("nan"))
+            rows.spread(out, made, repeats, shifts, bias)
+            errors[f"spread {repeats} {bias is None}"] = float((out - wanted).abs().max())
 print(json.dumps(errors))
 """
 
@@ -93,7 +103,7 @@ print(json.dumps(errors))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this machine has no Triton")
 def test_kernels_equal_their_definitions() -> None:
     errors = interpreted(_SCRIPT)
-    assert len(errors) == 29
+    assert len(errors) == 37
     # float32 around a mean of 30: a few units in the last place, of the numbers before the mean is taken off.
     assert max(errors.values()) < 1e-5, errors
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fastvideo_vae_core.errors import MemoryBudgetError
-from fastvideo_vae_core.grids import Anew, Grid, Making, Place, Region, makings_of
+from fastvideo_vae_core.grids import Anew, Grid, Making, Place, Region
 from fastvideo_vae_core.memory import format_bytes
 from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.tiling import Part, Passed, crop_sizes, regions
@@ -253,7 +253,7 @@ class Model:
                 continue
             work = up = asked = 0.0
             for region, times in self._regions[index]:
-                makings, wanted = makings_of(Making(each.step, reads, None, region))
+                makings, wanted = Making(each.step, reads, None, region).chain
                 asked += times * len(makings)
                 for grid, making in makings:
                     source = self.steps[index if grid is None else grid.index]
@@ -285,7 +285,7 @@ def _kinds(passed: Passed, tile: Sequence[int]) -> list[tuple[Region, int]]:
 def _share(passed: Passed, making: Making) -> float:
     """What a step computes for a region, with what is cut off, as a part of what it makes of all."""
     share = 1.0
-    axes = zip(passed.step.axes, making.region, making.crop(), making.inner(), passed.sizes, strict=True)
+    axes = zip(passed.step.axes, making.region, making.crop, making.inner, passed.sizes, strict=True)
     for axis, (start, stop), (first, last), inner, size in axes:
         share *= (stop - start if inner else axis.output_size(last - first)) / axis.output_size(size)
     return share

@@ -12,6 +12,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -32,6 +33,9 @@ Place = Literal["device", "slabs", "anew"]
 # Elements [start, stop) of an axis, and of each axis behind (B, C).
 Span = tuple[int, int]
 Region = tuple[Span, ...]
+
+# By the number of axes: the axes in their own order, and with channels innermost.
+_ORDERS = {axes: (tuple(range(axes)), (0, *range(2, axes), 1)) for axes in range(2, 8)}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -118,6 +122,7 @@ class Courier:
         self._asynchronous = self.ahead and real
         # Made when the host is used first: a call that is recorded as a graph must not wait for streams of its own.
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._computes: torch.cuda.Stream | None = None
         self._leaving = deque[tuple[torch.cuda.Event | None, list[Tensor]]]()
         # Of the host's memory what no slab is in, by its size.
         self._free = defaultdict[int, list[Tensor]](list)
@@ -155,7 +160,7 @@ class Courier:
 
         def arrived() -> Tensor:
             if event is not None:
-                torch.cuda.current_stream(self._device).wait_event(event)
+                self._main().wait_event(event)
             return made
 
         return arrived
@@ -233,7 +238,7 @@ class Courier:
             return
         stream, _ = self._ways()
         # The memory may have been in use before.
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(self._main())
         with torch.cuda.stream(stream):
             transfer(_in_memory(into), _in_memory(source))
 
@@ -247,7 +252,7 @@ class Courier:
         _, stream = self._ways()
         if _order(source) != _order(into):
             source = source.contiguous(memory_format=layout_of(into))
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(self._main())
         with torch.cuda.stream(stream):
             transfer(_in_memory(into), _in_memory(source))
         return source
@@ -258,7 +263,7 @@ class Courier:
             self._let_go()
         if self._streams is not None:
             for stream in self._streams:
-                torch.cuda.current_stream(self._device).wait_stream(stream)
+                self._main().wait_stream(stream)
             # What comes from the host next may be what went there last.
             self._streams[0].wait_stream(self._streams[1])
 
@@ -268,13 +273,20 @@ class Courier:
             self._streams = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
         return self._streams
 
+    def _main(self) -> torch.cuda.Stream:
+        """The stream that computes."""
+        if self._computes is None:
+            self._computes = torch.cuda.current_stream(self._device)
+        return self._computes
+
     def _let_go(self) -> None:
         event, _ = self._leaving.popleft()
         if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
+            self._main().wait_event(event)
 
 
-class Making(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Making:
     """A region of what a step makes."""
 
     step: Step
@@ -282,16 +294,18 @@ class Making(NamedTuple):
     moments: Moments | None
     region: Region
 
+    @cached_property
     def crop(self) -> Region:
         """The elements of the grids that it is made from."""
         axes = zip(self.step.axes, self.region, self.reads[0].sizes, strict=True)
         return tuple(axis.needs(*span, size) for axis, span, size in axes)
 
+    @cached_property
     def inner(self) -> tuple[bool, ...]:
         """Along which axes those go on by the whole halo at both ends, so that nothing has to be padded."""
         if not self.step.trims:
             return (False,) * len(self.region)
-        axes = zip(self.step.axes, self.region, self.crop(), strict=True)
+        axes = zip(self.step.axes, self.region, self.crop, strict=True)
         return tuple(
             axis.down == 1
             and start - axis.position(first) == axis.before * axis.up > 0
@@ -301,11 +315,11 @@ class Making(NamedTuple):
 
     def run(self, crops: Sequence[Tensor]) -> Tensor | Sum:
         """The region, from these elements; what their borders spoiled is cut off."""
-        inner = self.inner()
-        made = self.step.run(crops, self.moments, inner) if any(inner) else self.step.run(crops, self.moments)
+        more = (self.inner,) if any(self.inner) else ()
+        made = self.step.run(crops, self.moments, *more)
         sizes = (made if isinstance(made, Tensor) else made.x).shape[2:]
         keep = []
-        for axis, size, (start, stop), (first, _) in zip(self.step.axes, sizes, self.region, self.crop(), strict=True):
+        for axis, size, (start, stop), (first, _) in zip(self.step.axes, sizes, self.region, self.crop, strict=True):
             skip = 0 if size == stop - start else start - axis.position(first)
             keep.append(slice(skip, skip + stop - start))
         inside = (slice(None), slice(None), *keep)
@@ -313,22 +327,22 @@ class Making(NamedTuple):
             return made[inside]
         return Sum(made.x[inside], None if made.branch is None else made.branch[inside], made.bias)
 
-
-def makings_of(making: Making) -> tuple[list[tuple[Grid | None, Making]], dict[Grid, Region]]:
-    """What has to be made, last to first, each with the grid that it is a part of; and which part of each grid is
-    wanted. Of a grid there is one part, however many read it on the way."""
-    makings: list[tuple[Grid | None, Making]] = [(None, making)]
-    wanted = dict[Grid, Region]()
-    _ask(making, wanted)
-    met = set[Grid]()
-    while grids := [grid for grid in wanted if isinstance(grid, Anew) and grid not in met]:
-        # All that read it have asked when it is the last one.
-        grid = max(grids, key=lambda each: each.index)
-        met.add(grid)
-        inner = Making(grid.step, grid.reads, grid.moments, wanted[grid])
-        _ask(inner, wanted)
-        makings.append((grid, inner))
-    return makings, wanted
+    @cached_property
+    def chain(self) -> tuple[list[tuple[Grid | None, Making]], dict[Grid, Region]]:
+        """What has to be made, last to first, each with the grid that it is a part of; and which part of each grid is
+        wanted. Of a grid there is one part, however many read it on the way."""
+        makings: list[tuple[Grid | None, Making]] = [(None, self)]
+        wanted = dict[Grid, Region]()
+        _ask(self, wanted)
+        met = set[Grid]()
+        while grids := [grid for grid in wanted if isinstance(grid, Anew) and grid not in met]:
+            # All that read it have asked when it is the last one.
+            grid = max(grids, key=lambda each: each.index)
+            met.add(grid)
+            inner = Making(grid.step, grid.reads, grid.moments, wanted[grid])
+            _ask(inner, wanted)
+            makings.append((grid, inner))
+        return makings, wanted
 
 
 def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Slabs, int]]:
@@ -339,7 +353,7 @@ def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Sl
     for making in reversed(makings):
         found.append(dict(needed))
         if needed:
-            _, wanted = makings_of(making)
+            _, wanted = making.chain
             for grid in needed:
                 if grid in wanted:
                     needed[grid] = min(needed[grid], wanted[grid][grid.axis - 2][0])
@@ -348,7 +362,7 @@ def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Sl
 
 def prepare(making: Making, courier: Courier) -> Callable[[], Tensor | Sum]:
     """Begin to bring what a region is made from; the result makes it, and is called once."""
-    makings, wanted = makings_of(making)
+    makings, wanted = list(making.chain[0]), making.chain[1]
     near = {grid: courier.bring(grid, region) for grid, region in wanted.items() if isinstance(grid, Slabs)}
 
     def make() -> Tensor | Sum:
@@ -357,7 +371,7 @@ def prepare(making: Making, courier: Courier) -> Callable[[], Tensor | Sum]:
         near.clear()
         while True:
             grid, inner = makings.pop()
-            crop = inner.crop()
+            crop = inner.crop
             crops = [_near(each, here, wanted, crop) for each in inner.reads]
             for each in set(inner.reads):
                 users[each] -= 1
@@ -419,15 +433,22 @@ def move(into: Tensor, source: Tensor) -> None:
 
 def _order(x: Tensor) -> tuple[int, ...]:
     """The axes from the outermost to the innermost in memory; those of one element stay where they are."""
-    plain = tuple(range(x.ndim))
-    if x.shape[1] == 1 or x.stride(1) != 1 or all(size == 1 for size in x.shape[2:]):
+    plain, last = _ORDERS[x.ndim]
+    sizes, strides = x.shape, x.stride()
+    channels, found = sizes[1], plain
+    if channels == 1 or strides[1] != 1:
         return plain
-    # A part of a plain grid has channels side by side only where it is one position wide.
-    return (0, *plain[2:], 1) if all(x.stride(axis) >= x.shape[1] for axis in plain[2:] if x.shape[axis] > 1) else plain
+    for axis in range(2, len(sizes)):
+        if sizes[axis] > 1:
+            # A part of a plain grid has channels side by side only where it is one position wide.
+            if strides[axis] < channels:
+                return plain
+            found = last
+    return found
 
 
 def _ask(making: Making, wanted: dict[Grid, Region]) -> None:
-    crop = making.crop()
+    crop = making.crop
     for grid in making.reads:
         known = wanted.get(grid, crop)
         wanted[grid] = tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(known, crop, strict=True))
@@ -448,8 +469,10 @@ def _part_of(slab: Slab, axis: int, region: Sequence[Span]) -> Tensor:
 
 
 def _part(data: Tensor, region: Sequence[Span], begin: Sequence[int]) -> Tensor:
-    spans = (slice(start - origin, stop - origin) for (start, stop), origin in zip(region, begin, strict=True))
-    return data[(slice(None), slice(None), *spans)]
+    for axis, ((start, stop), origin) in enumerate(zip(region, begin, strict=True), 2):
+        if stop - start != data.shape[axis]:
+            data = data.narrow(axis, start - origin, stop - start)
+    return data
 
 
 def _in_memory(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.sums import Sum
-from fastvideo_vae_core.ops.words import copy_rows, write_rows
+from fastvideo_vae_core.ops.words import copy_rows, spread_rows, write_rows
 from fastvideo_vae_core.rehearsal import device_of
 
 
@@ -66,6 +66,8 @@ def spread(rows: Tensor, repeats: Sequence[int], bias: Tensor | None, causal: bo
     sizes = [size - shift for size, shift in zip(rows.shape[1:-1], shifts, strict=True)]
     grown = [size * times for size, times in zip(sizes, repeats, strict=True)]
     made = rows.new_empty(rows.shape[0], *grown, sides.shape[-1])
+    if spread_rows(made, rows, repeats, shifts, bias):
+        return made
     *outer, inner = repeats
     for phases in itertools.product(*map(range, outer)):
         side, into = sides, made

@@ -7,6 +7,7 @@ numbers so, and 2.5 TB/s of words (see `ops.nearest`). Where channels lie side b
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,12 +30,8 @@ def copy_rows(into: Tensor, source: Tensor) -> None:
 def write_rows(into: Tensor, source: Sum) -> bool:
     """Write a sum of rows of channels (..., C) into others of their shape in one pass, if a kernel takes them: in 16
     bits on a GPU, where there is nothing to differentiate."""
-    if device_of(into).type != "cuda" or not _TRITON or into.dtype not in (torch.float16, torch.bfloat16):
-        return False
     given = [each for each in (source.x, source.branch) if each is not None]
-    if any(each.dtype != into.dtype for each in given):
-        return False
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in source):
+    if not _fuses(into, *source) or any(each.dtype != into.dtype for each in given):
         return False
     # Imported here because Triton takes a second to import and only GPUs need it.
     from fastvideo_vae_core.ops.kernels import rows
@@ -43,6 +40,24 @@ def write_rows(into: Tensor, source: Sum) -> bool:
         return False
     rows.write(into, source.x, source.bias, source.branch)
     return True
+
+
+def spread_rows(into: Tensor, rows: Tensor, repeats: Sequence[int], shifts: Sequence[int], bias: Tensor | None) -> bool:
+    """What `ops.upsampling.spread` does, in one pass, if a kernel takes it: where `write_rows` would."""
+    if not _fuses(into, rows, bias) or len(repeats) > 3 or not rows.is_contiguous():
+        return False
+    from fastvideo_vae_core.ops.kernels import rows as kernels
+
+    if not kernels.takes(into) or not kernels.takes(rows):
+        return False
+    kernels.spread(into, rows, repeats, shifts, bias)
+    return True
+
+
+def _fuses(into: Tensor, *given: Tensor | None) -> bool:
+    if device_of(into).type != "cuda" or not _TRITON or into.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given))
 
 
 def _in_words(rows: Tensor) -> bool:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvideo_vae_core.ops.kernels import next_power_of_2
+
 # Columns that the smallest program holds, and columns for each of its warps.
 _NARROWEST, _STRIP = 2048, 1024
 
@@ -32,7 +34,7 @@ def weigh_(
     """
     pitch = scores.shape[-1]
     weights = scores.view(dtype)
-    block = max(int(triton.next_power_of_2(pitch)), _NARROWEST)
+    block = max(next_power_of_2(pitch), _NARROWEST)
     if not scores.is_meta:
         _weigh_kernel[(tops.numel(),)](
             scores,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvideo_vae_core.ops.causal import Window
+from fastvideo_vae_core.ops.kernels import cdiv, next_power_of_2
 
 # Elements that one program holds.
 _TILE = 4096
@@ -30,11 +31,11 @@ def fill(
     rows_around, columns_around = borders
     positions = (height + 2 * rows_around) * (width + 2 * columns_around)
     # Sizes come at run time, so that few programs have to be compiled: one for each power of two of channels.
-    columns = int(triton.next_power_of_2(channels))
+    columns = next_power_of_2(channels)
     block = max(_TILE // columns, 1)
     scale, offset = (rows, rows) if affine is None else affine
     if not out.is_meta:
-        _fill_kernel[(triton.cdiv(positions, block), batch * (lead + frames))](
+        _fill_kernel[(cdiv(positions, block), batch * (lead + frames))](
             rows,
             scale,
             offset,

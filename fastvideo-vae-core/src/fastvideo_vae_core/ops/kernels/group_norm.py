@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops.kernels import cdiv, next_power_of_2
 from fastvideo_vae_core.ops.norm import Moments
 
 # Elements that a program writes.
@@ -39,7 +40,7 @@ def apply_affine(x: Tensor, scale_BC: Tensor, offset_BC: Tensor, silu: bool) -> 
     rows = x[0, 0].numel()
     block = _block(channels)
     tile = max(_TILE // block, 1)
-    grid = (triton.cdiv(rows, tile), batch)
+    grid = (cdiv(rows, tile), batch)
     if not x.is_meta:
         _affine_silu_kernel[grid](x, y, scale_BC, offset_BC, rows, channels, tile, block, silu, num_warps=8)
     return y
@@ -78,8 +79,8 @@ def _partial_moments(rows_BNC: Tensor) -> tuple[Tensor, int]:
     batch, rows, channels = rows_BNC.shape
     block = _block(channels)
     tile = max(_READ // block, 1)
-    share = triton.cdiv(triton.cdiv(rows, min(_PROGRAMS, triton.cdiv(rows, tile))), tile) * tile
-    programs = triton.cdiv(rows, share)
+    share = cdiv(cdiv(rows, min(_PROGRAMS, cdiv(rows, tile))), tile) * tile
+    programs = cdiv(rows, share)
     partial = torch.empty((2, batch, programs, channels), dtype=torch.float32, device=rows_BNC.device)
     if not rows_BNC.is_meta:
         _moments_kernel[(programs, batch)](
@@ -119,11 +120,11 @@ def _affine(rows_BNC: Tensor, norm: nn.GroupNorm, bias: Tensor | None) -> tuple[
 
 
 def _block(channels: int) -> int:
-    return int(triton.next_power_of_2(channels))
+    return next_power_of_2(channels)
 
 
 def _width_block(width: int) -> int:
-    return max(int(triton.next_power_of_2(width)), _WIDEST)
+    return max(next_power_of_2(width), _WIDEST)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvideo_vae_core.ops.kernels import cdiv
+
 # Positions of a program, and channels that it holds of them at a time.
 _POSITIONS, _CHANNELS = 64, 32
 
@@ -22,7 +24,7 @@ def norm_silu_padded(x: Tensor, pads: tuple[int, int, int, int], eps: float) -> 
     out = x.new_empty(batch, channels, above + height + below, left + width + right)
     if not out.is_meta:
         positions = out.shape[2] * out.shape[3]
-        _padded_kernel[(triton.cdiv(positions, _POSITIONS), batch)](
+        _padded_kernel[(cdiv(positions, _POSITIONS), batch)](
             x,
             out,
             channels,

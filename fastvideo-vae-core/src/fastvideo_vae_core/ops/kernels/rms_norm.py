@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvideo_vae_core.ops.kernels import cdiv, next_power_of_2
 from fastvideo_vae_core.ops.rms_norm import EPS, Modulation
 
 # Elements that one program holds, and channels that one program of the sum holds of its rows.
@@ -40,13 +41,13 @@ def norm_silu_into(
     """
     batch, frames, height, width, channels = rows.shape
     positions = height * width
-    columns = max(int(triton.next_power_of_2(channels)), _NARROWEST)
+    columns = max(next_power_of_2(channels), _NARROWEST)
     block = max(_TILE // columns, 1)
     # Where there is nothing to read, any tensor stands in, with no channels.
     scale, shifts = (each.contiguous() for each in modulation) if modulation is not None else (out, out)
     rows = rows.contiguous()
     if not out.is_meta:
-        _norm_silu_kernel[(triton.cdiv(positions, block), batch * frames)](
+        _norm_silu_kernel[(cdiv(positions, block), batch * frames)](
             rows,
             out if bias is None else bias,
             out if gamma is None else gamma,
@@ -78,10 +79,10 @@ def norm_silu_into(
 def add_(rows: Tensor, bias: Tensor, other: Tensor) -> None:
     """rows + bias + other, in the place of dense rows (..., C)."""
     channels, count, block = rows.shape[-1], rows.numel() // rows.shape[-1], 2048 // _STRIP
-    strips = triton.cdiv(channels, _STRIP)
+    strips = cdiv(channels, _STRIP)
     other = other.contiguous()
     if not rows.is_meta:
-        _add_kernel[(strips * triton.cdiv(count, block),)](
+        _add_kernel[(strips * cdiv(count, block),)](
             rows, bias, other, count, channels, strips, BLOCK=block, STRIP=_STRIP, num_warps=4
         )
 

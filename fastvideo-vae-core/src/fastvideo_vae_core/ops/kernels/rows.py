@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvideo_vae_core.ops.kernels import cdiv, next_power_of_2
+
 # Numbers that a program holds.
 _TILE = 4096
 
@@ -40,10 +42,10 @@ def write(out: Tensor, x: Tensor, bias: Tensor | None, other: Tensor | None) -> 
         return
     channels = out.shape[-1]
     rows = out.numel() // channels
-    columns = int(triton.next_power_of_2(channels))
+    columns = next_power_of_2(channels)
     block = max(_TILE // columns, 1)
     sizes = ([1] * 4 + [*out.shape[:-1]])[-4:]
-    _write_kernel[(triton.cdiv(rows, block),)](
+    _write_kernel[(cdiv(rows, block),)](
         out,
         x,
         x if bias is None else bias,
@@ -56,6 +58,39 @@ def write(out: Tensor, x: Tensor, bias: Tensor | None, other: Tensor | None) -> 
         channels,
         bias is not None,
         other is not None,
+        BLOCK=block,
+        COLUMNS=columns,
+        num_warps=8,
+    )
+
+
+def spread(out: Tensor, rows: Tensor, repeats: Sequence[int], shifts: Sequence[int], bias: Tensor | None) -> None:
+    """Write a `folded` convolution's outputs, each into its place, with a bias (O); see `ops.upsampling.spread`.
+
+    out: (B, ..., O); rows: (B, ..., P * O), in which the P ways to choose a phase of each axis lie side by side. Both
+    are dense, in words of 16 bytes, and have at most three axes of positions.
+    repeats: phases of each axis. shifts: how much later in `rows` the second phase begins.
+    """
+    if out.is_meta:
+        return
+    channels = out.shape[-1]
+    positions = out.numel() // channels
+    columns = next_power_of_2(channels)
+    block = max(_TILE // columns, 1)
+    short = 3 - len(repeats)
+    _spread_kernel[(cdiv(positions, block),)](
+        out,
+        rows,
+        rows if bias is None else bias,
+        positions,
+        *([1] * 4 + [*out.shape[1:-1]])[-3:],
+        *([1] * 4 + [*rows.shape[1:-1]])[-3:],
+        *[1] * short,
+        *repeats,
+        *[0] * short,
+        *shifts,
+        channels,
+        bias is not None,
         BLOCK=block,
         COLUMNS=columns,
         num_warps=8,
@@ -119,3 +154,53 @@ def _write_kernel(
     value += more.to(tl.float32)
     target = at0 * out0 + at1 * out1 + at2 * out2 + at3 * out3
     tl.store(out + target[:, None] * channels + column, value.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("positions", "out1", "out2", "out3", "size1", "size2", "size3"),
+        *("times1", "times2", "times3", "shift1", "shift2", "shift3", "biased"),
+    ]
+)
+def _spread_kernel(
+    out,
+    rows,
+    bias,
+    positions,
+    out1,
+    out2,
+    out3,
+    size1,
+    size2,
+    size3,
+    times1,
+    times2,
+    times3,
+    shift1,
+    shift2,
+    shift3,
+    channels,
+    biased,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A block of positions of `out`. biased: whether there is a bias."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    known = column < channels
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = (position < positions)[:, None] & known
+    at3 = position % out3
+    rest = position // out3
+    at2 = rest % out2
+    rest = rest // out2
+    at1 = rest % out1
+    item = (rest // out1).to(tl.int64)
+    phase = ((at1 % times1) * times2 + at2 % times2) * times3 + at3 % times3
+    from1 = at1 // times1 + (at1 % times1) * shift1
+    from2 = at2 // times2 + (at2 % times2) * shift2
+    from3 = at3 // times3 + (at3 % times3) * shift3
+    source = ((item * size1 + from1) * size2 + from2) * size3 + from3
+    ways = times1 * times2 * times3
+    value = tl.load(rows + ((source * ways + phase) * channels)[:, None] + column, mask=here, other=0.0).to(tl.float32)
+    value += tl.load(bias + column, mask=known & (biased != 0), other=0.0).to(tl.float32)
+    tl.store(out + position.to(tl.int64)[:, None] * channels + column, value.to(out.dtype.element_ty), mask=here)
