@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,3 +89,14 @@ def test_large_decodes_get_a_plan_within_their_budget(
     plan = on_gpu(name).plan_decode(latents, memory_budget=budget << 30)
     assert plan.peak_bytes <= budget << 30
     assert 0.0 <= plan.recompute <= most, str(plan)
+
+
+def test_coarse_grids_have_memory_for_larger_tiles() -> None:
+    plan = on_gpu("GameCraft").plan_decode((1, 16, 9, 88, 152), memory_budget="8GiB")
+    assert plan.tile is not None
+    assert plan.peak_bytes <= 8 << 30
+    rows = [tile[1] for tile in plan.tiles]
+    assert min(rows) == plan.tile[1] < max(rows)
+    assert f" to 33 x {max(rows)} x 1216" in str(plan)
+    # Less is computed twice, at fewer borders.
+    assert plan.forecast.work < replace(plan, tiles=()).forecast.work

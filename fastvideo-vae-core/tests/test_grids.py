@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import re
 from collections import Counter
@@ -21,7 +22,7 @@ from fastvideo_vae_core.budget import Model
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, MemoryBudgetError
 from fastvideo_vae_core.graphs import Captured
-from fastvideo_vae_core.grids import Courier, Place
+from fastvideo_vae_core.grids import Courier, Grid, Making, Place
 from fastvideo_vae_core.memory import forecast
 from fastvideo_vae_core.ops.norm import Moments, group_norm
 from fastvideo_vae_core.testing.golden import fill
@@ -86,6 +87,33 @@ def test_places_change_no_number(tile: tuple[int, int], last: bool) -> None:
         if "anew" not in places:
             # Tiles are made of the same crops, wherever these come from.
             assert torch.equal(made, on_device)
+
+
+def test_grids_go_without_being_collected() -> None:
+    """What is in a circle of references stays until Python looks for those."""
+    steps, x = Network().steps(), seeded((1, 4, 8, 7))
+
+    def there() -> int:
+        return sum(issubclass(type(each), (Grid, Making)) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = there()
+        for places in (("device",) * 5, ("slabs", "anew", "slabs", "anew", "device")):
+            run_steps(steps, x, (4, 14), places, (0.4,) * 5)
+        assert there() == before
+    finally:
+        gc.enable()
+
+
+def test_each_step_may_have_tiles_of_its_own() -> None:
+    steps, x = Network().steps(), seeded((1, 4, 8, 7))
+    whole = run_steps(steps, x, (100, 100))
+    tiles = ((3, 7), (8, 7), (2, 7), (5, 14), (16, 14))
+    for places in (("device",) * 5, ("slabs",) * 4 + ("device",), ("slabs", "anew", "slabs", "anew", "device")):
+        made = run_steps(steps, x, (100, 100), places, (0.4,) * 5, tiles=tiles)
+        assert float((made - whole).abs().max()) <= 1e-12
 
 
 def test_a_step_that_trims_computes_less_of_the_same() -> None:
@@ -200,7 +228,7 @@ class TestRecompute:
         whole = vae.plan_decode(shape, tile=(1 << 20, 1 << 20)).forecast
         steps = whole.steps
         plan = vae.plan_decode(shape, tile=tile)
-        model = Model(steps, tile)
+        model = Model(steps, (tile,) * len(steps))
         assert abs(model.time((), ()) / model.whole - plan.forecast.work / whole.work) < 0.02
 
 

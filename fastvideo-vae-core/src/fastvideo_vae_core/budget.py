@@ -23,7 +23,7 @@ _MULTIPLICATIONS, _BYTES = 2.5e14, 5e10
 
 # Seconds in which a CPU asks for what a step does with one tile, measured beside that H100. Faster ones lose little by
 # the larger tiles that follow from it.
-_ASKING = 4e-4
+_ASKING = 7e-4
 
 # A plan without the host that is at most this much slower than the whole is good enough to look no further.
 _GOOD = 1.1
@@ -102,7 +102,7 @@ class _Search:
             if found is not None and self.slowness(plan) >= self.slowness(found):
                 break
             found = plan
-        return self._in_larger_pieces(found)
+        return self._in_larger_pieces(None if found is None else self._in_larger_tiles(found))
 
     @property
     def steps(self) -> Sequence[Passed]:
@@ -115,7 +115,7 @@ class _Search:
     def slowness(self, plan: Plan) -> float:
         """Estimated time as a multiple of the whole's."""
         assert plan.tile is not None
-        model = Model(self.steps, plan.tile)
+        model = Model(self.steps, plan.tiles or (plan.tile,) * len(self.steps))
         return model.time(plan.places, plan.host_shares) / model.whole
 
     def _in_slabs(self, tile: tuple[int, ...]) -> Plan | None:
@@ -126,7 +126,7 @@ class _Search:
         if self._first([replace(plan, host_shares=all_)]) is None:
             return None
         seen = plan.forecast
-        model = Model(self.steps, tile)
+        model = Model(self.steps, (tile,) * len(self.steps))
         room = [self.budget - (seen.peak - max(each.peak for each in seen.steps))] * len(places)
         # What a step takes beside the grids, which the model knows.
         beside = [each.peak - sum(live) for each, live in zip(seen.steps, model.live(places), strict=True)]
@@ -144,6 +144,33 @@ class _Search:
             beside = [need + more for need, more in zip(beside, over, strict=True)]
         return fitting or self._first([replace(plan, host_shares=all_)])
 
+    def _in_larger_tiles(self, plan: Plan) -> Plan:
+        """The same with two, four or more slabs as one in the steps that have memory for it, such as those of coarse
+        grids: each slab's halo is put together once more, and asked for."""
+        assert plan.tile is not None
+        model, seen = Model(self.steps, (plan.tile,) * len(self.steps)), plan.forecast
+        room = self.budget - (seen.peak - max(each.peak for each in seen.steps))
+        times = []
+        for index, (each, grids) in enumerate(zip(seen.steps, model.live(plan.places), strict=True)):
+            near = model.behind([index, *each.reads, *each.kept], plan.places)
+            beside, most = each.peak - sum(grids), 1
+            if beside > 0 and not any(plan.host_shares[grid] for grid in near):
+                most = max((room - sum(grids)) // beside, 1)
+            times.append(1 << (most.bit_length() - 1))
+        whole = max(max(each.sizes[-2], each.step.axes[-2].output_size(each.sizes[-2])) for each in self.steps)
+        while max(times) > 1:
+            heights = [min(plan.tile[-2] * by, whole) for by in times]
+            grown = replace(plan, tiles=tuple((*plan.tile[:-2], height, plan.tile[-1]) for height in heights))
+            if self._first([grown]) is not None:
+                return grown
+            # Smaller ones where there was no room, and in those that made what was read there, which stays for longer.
+            over = [index for index, each in enumerate(grown.forecast.steps) if each.peak > room]
+            worst = {step for index in over for step in (index, *self.steps[index].reads, *self.steps[index].kept)}
+            if all(times[index] == 1 for index in worst):
+                break
+            times = [max(by // 2, 1) if index in worst else by for index, by in enumerate(times)]
+        return plan
+
     def _in_larger_pieces(self, plan: Plan | None) -> Plan | None:
         """The same with more latent frames at a time, where that fits too."""
         if plan is None or not self.chunks:
@@ -160,12 +187,12 @@ class _Search:
 
 
 class Model:
-    """Estimates of the time and the memory of steps in tiles, for grids in several places."""
+    """Estimates of the time and the memory of steps, each in tiles of its own, for grids in several places."""
 
-    def __init__(self, steps: Sequence[Passed], tile: Sequence[int]) -> None:
-        self.steps, self.tile = steps, tile
+    def __init__(self, steps: Sequence[Passed], tiles: Sequence[Sequence[int]]) -> None:
+        self.steps = steps
         self.whole = sum(max(each.work / _MULTIPLICATIONS, _ASKING) for each in steps)
-        self._regions = [_kinds(each, tile) for each in steps]
+        self._regions = [_kinds(each, tile) for each, tile in zip(steps, tiles, strict=True)]
 
     def fastest(
         self, places: Sequence[Place], large: Sequence[int], room: Sequence[int]
@@ -219,8 +246,8 @@ class Model:
     def _grids(self, places: Sequence[Place]) -> Iterator[tuple[list[int], tuple[list[int], list[int], list[int]]]]:
         """The grids that are there in each step: in one tensor; and in slabs those that stay, go and come."""
         for index, each in enumerate(self.steps):
-            before = self._behind([*each.reads, *each.kept], places)
-            after = self._behind([*each.kept, *(each.reads if places[index] == "anew" else ())], places)
+            before = self.behind([*each.reads, *each.kept], places)
+            after = self.behind([*each.kept, *(each.reads if places[index] == "anew" else ())], places)
             in_slabs = {grid for grid in before if places[grid] == "slabs"}
             held = [grid for grid in before if places[grid] == "device"]
             made = [index] if places[index] == "slabs" else []
@@ -228,7 +255,7 @@ class Model:
                 held.append(index)
             yield held, ([*(in_slabs & after)], [*(in_slabs - after)], made)
 
-    def _behind(self, grids: Sequence[int], places: Sequence[Place]) -> set[int]:
+    def behind(self, grids: Sequence[int], places: Sequence[Place]) -> set[int]:
         """The grids in memory that these are, or would be made from."""
         found, left = set[int](), [each for each in grids if each >= 0]
         while left:
@@ -253,15 +280,17 @@ class Model:
                 continue
             work = up = asked = 0.0
             for region, times in self._regions[index]:
-                makings, wanted = Making(each.step, reads, None, region).chain
+                making = Making(each.step, reads, None, region)
+                before, wanted = making.needs
+                makings: list[tuple[Grid | None, Making]] = [(None, making), *before]
                 asked += times * len(makings)
-                for grid, making in makings:
+                for grid, part in makings:
                     source = self.steps[index if grid is None else grid.index]
-                    work += times * source.work * _share(source, making)
+                    work += times * source.work * _share(source, part)
                 for grid, box in wanted.items():
                     if grid.index >= 0 and shares and shares[grid.index] and not isinstance(grid, Anew):
-                        part = math.prod((b - a) / size for (a, b), size in zip(box, grid.sizes, strict=True))
-                        up += times * shares[grid.index] * self.steps[grid.index].made * part
+                        near = math.prod((b - a) / size for (a, b), size in zip(box, grid.sizes, strict=True))
+                        up += times * shares[grid.index] * self.steps[grid.index].made * near
             down = shares[index] * each.made if shares and place == "slabs" else 0.0
             yield max(work / _MULTIPLICATIONS, up / _BYTES, down / _BYTES, asked * _ASKING)
 

@@ -328,10 +328,11 @@ class Making:
         return Sum(made.x[inside], None if made.branch is None else made.branch[inside], made.bias)
 
     @cached_property
-    def chain(self) -> tuple[list[tuple[Grid | None, Making]], dict[Grid, Region]]:
-        """What has to be made, last to first, each with the grid that it is a part of; and which part of each grid is
-        wanted. Of a grid there is one part, however many read it on the way."""
-        makings: list[tuple[Grid | None, Making]] = [(None, self)]
+    def needs(self) -> tuple[list[tuple[Grid, Making]], dict[Grid, Region]]:
+        """What has to be made before, last to first, each with the grid that it is a part of; and which part of each
+        grid is wanted. Of a grid there is one part, however many read it on the way."""
+        # It itself is not among them: in a circle of references grids would stay until they are collected.
+        makings = list[tuple[Grid, Making]]()
         wanted = dict[Grid, Region]()
         _ask(self, wanted)
         met = set[Grid]()
@@ -353,7 +354,7 @@ def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Sl
     for making in reversed(makings):
         found.append(dict(needed))
         if needed:
-            _, wanted = making.chain
+            _, wanted = making.needs
             for grid in needed:
                 if grid in wanted:
                     needed[grid] = min(needed[grid], wanted[grid][grid.axis - 2][0])
@@ -362,7 +363,8 @@ def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Sl
 
 def prepare(making: Making, courier: Courier) -> Callable[[], Tensor | Sum]:
     """Begin to bring what a region is made from; the result makes it, and is called once."""
-    makings, wanted = list(making.chain[0]), making.chain[1]
+    before, wanted = making.needs
+    makings: list[tuple[Grid | None, Making]] = [(None, making), *before]
     near = {grid: courier.bring(grid, region) for grid, region in wanted.items() if isinstance(grid, Slabs)}
 
     def make() -> Tensor | Sum:

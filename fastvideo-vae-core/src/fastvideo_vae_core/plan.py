@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ class Plan:
         input_shape, output_shape: of the whole call; for encode the output is the mean of the posterior.
         items: how many items of the batch are computed at a time.
         tile: extent of a tile along each axis behind (B, C), in elements of the grid that is being computed.
+        tiles: likewise of each step, where they have memory for tiles of other sizes; empty: `tile` for all.
         places: where the grid of each step of a tiled plan lies: in one tensor on the device, in slabs that go as their
             last reader passes, or nowhere, because each reader computes it anew. Empty: all on the device.
         host_shares: of each step's grid in slabs, how much of it lies in pinned memory of the host. Empty: nothing.
@@ -55,6 +57,7 @@ class Plan:
     blend: Hashable | None = None
     sharding: Sharding | None = None
     notes: tuple[str, ...] = ()
+    tiles: tuple[tuple[int, ...], ...] = ()
     places: tuple[Place, ...] = ()
     host_shares: tuple[float, ...] = ()
     _predict: Callable[[Plan], Forecast] = field(repr=False, compare=False)
@@ -83,7 +86,7 @@ class Plan:
     @property
     def whole(self) -> Plan:
         """The same call without tiles."""
-        return replace(self, mode="whole", tile=None, places=(), host_shares=(), blend=None)
+        return replace(self, mode="whole", tile=None, tiles=(), places=(), host_shares=(), blend=None)
 
     @property
     def in_steps(self) -> bool:
@@ -107,7 +110,8 @@ class Plan:
         """For people: whole or in parts, and in which."""
         yield self.mode
         if self.tile is not None:
-            yield f"tiles of {_sizes(self.tile)}"
+            most = max(self.tiles, key=math.prod, default=self.tile)
+            yield f"tiles of {_sizes(self.tile)}" + (f" to {_sizes(most)}" if most != self.tile else "")
         if places := Counter(self.places):
             on_host = sum(share > 0 for share in self.host_shares)
             where: dict[Place, str] = {

@@ -181,12 +181,15 @@ def run_steps(
     tile: Sequence[int],
     places: Sequence[Place] = (),
     host_shares: Sequence[float] = (),
+    *,
+    tiles: Sequence[Sequence[int]] = (),
     done: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Run the steps tile by tile; the same numbers as running them at once, up to the order of additions.
 
     x: (B, C, ...); tile: extent of a tile along each axis behind (B, C), in elements of the finer of the two grids that
     a step goes between, because that one decides the memory of a tile.
+    tiles: the same of each step, where they differ.
     places: where each step's grid lies; by default all lie in one tensor on the device, as the last one always does.
     host_shares: of each step's grid in slabs, how much of it lies on the host; by default nothing.
     done: told behind each tile of a step.
@@ -199,6 +202,7 @@ def run_steps(
     with Courier(device_of(x), real=not x.is_meta) as courier:
         for index, step in enumerate(steps):
             place = places[index] if index < len(steps) - 1 and places else "device"
+            tile = tiles[index] if tiles else tile
             reads = tuple(grids[name] for name in step.reads)
             later = steps[index + 1 :]
             known = None

@@ -45,7 +45,7 @@ def count_parts(steps: Sequence[Step], sizes: Sequence[int], plan: Plan) -> int:
 
     sizes: of the first grid along each axis behind (B, C).
     """
-    tile, sharding, places = plan.tile, plan.sharding, plan.places
+    sharding, places = plan.sharding, plan.places
     total, extents = 0, {"x": tuple(sizes)}
     for index, step in enumerate(steps):
         read = extents[step.reads[0]]
@@ -61,7 +61,8 @@ def count_parts(steps: Sequence[Step], sizes: Sequence[int], plan: Plan) -> int:
                 continue
             if not step.axes[sharding.axis].whole:
                 part = replace(part, region=_own(part, sharding, made[sharding.axis]))
-        total += sum(1 for _ in regions(step.axes, part, tile or tuple(map(max, read, made))))
+        tile = plan.tiles[index] if plan.tiles else plan.tile or tuple(map(max, read, made))
+        total += sum(1 for _ in regions(step.axes, part, tile))
     return total
 
 

@@ -447,7 +447,7 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         if plan.sharding is not None:
             return run_sharded(steps, x, plan.tile, plan.sharding, units.done)
         assert plan.tile is not None
-        return run_steps(steps, x, plan.tile, plan.places, plan.host_shares, units.done)
+        return run_steps(steps, x, plan.tile, plan.places, plan.host_shares, tiles=plan.tiles, done=units.done)
 
     def _run_tiles(self, plan: Plan, tiles: BlendedTiles, x: Tensor, units: Units) -> Tensor:
         """The network on each of the tiles that are blended then, on this device or in turns with others."""
