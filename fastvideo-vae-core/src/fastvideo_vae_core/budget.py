@@ -151,11 +151,9 @@ class _Search:
         model, seen = Model(self.steps, (plan.tile,) * len(self.steps)), plan.forecast
         room = self.budget - (seen.peak - max(each.peak for each in seen.steps))
         times = []
-        for index, (each, grids) in enumerate(zip(seen.steps, model.live(plan.places), strict=True)):
-            near = model.behind([index, *each.reads, *each.kept], plan.places)
-            beside, most = each.peak - sum(grids), 1
-            if beside > 0 and not any(plan.host_shares[grid] for grid in near):
-                most = max((room - sum(grids)) // beside, 1)
+        for each, grids in zip(seen.steps, model.live(plan.places, plan.host_shares), strict=True):
+            beside = max(each.peak - sum(grids), 1)
+            most = max((room - sum(grids)) // beside, 1)
             times.append(1 << (most.bit_length() - 1))
         whole = max(max(each.sizes[-2], each.step.axes[-2].output_size(each.sizes[-2])) for each in self.steps)
         while max(times) > 1:
@@ -220,10 +218,10 @@ class Model:
         """Estimated seconds."""
         return sum(self._times(places, shares))
 
-    def live(self, places: Sequence[Place]) -> Iterator[tuple[int, int]]:
-        """Bytes of the grids that are there in each step: in one tensor, and in slabs."""
+    def live(self, places: Sequence[Place], shares: Sequence[float] = ()) -> Iterator[tuple[int, int]]:
+        """Bytes of the grids that are on the device in each step: in one tensor, and in slabs."""
         for held, slabs in self._grids(places):
-            yield sum(self.steps[each].made for each in held), self._passing(slabs)
+            yield sum(self.steps[each].made for each in held), self._passing(slabs, shares)
 
     def _shares(self, places: Sequence[Place], room: Sequence[int]) -> tuple[float, ...] | None:
         shares = [0.0] * len(places)
@@ -238,16 +236,19 @@ class Model:
                 shares[index] = max(shares[index], min(over / passing + _ROUNDING, 1.0))
         return tuple(shares)
 
-    def _passing(self, slabs: tuple[list[int], list[int], list[int]]) -> int:
+    def _passing(self, slabs: tuple[list[int], list[int], list[int]], shares: Sequence[float] = ()) -> int:
         """The grid that is made takes the place of those that go."""
-        kept, dying, made = (sum(self.steps[each].made for each in group) for group in slabs)
-        return kept + max(dying, made)
+        here = [
+            each.made * (1.0 - share) for each, share in zip(self.steps, shares or [0.0] * len(self.steps), strict=True)
+        ]
+        kept, dying, made = (sum(here[each] for each in group) for group in slabs)
+        return math.ceil(kept + max(dying, made))
 
     def _grids(self, places: Sequence[Place]) -> Iterator[tuple[list[int], tuple[list[int], list[int], list[int]]]]:
         """The grids that are there in each step: in one tensor; and in slabs those that stay, go and come."""
         for index, each in enumerate(self.steps):
-            before = self.behind([*each.reads, *each.kept], places)
-            after = self.behind([*each.kept, *(each.reads if places[index] == "anew" else ())], places)
+            before = self._behind([*each.reads, *each.kept], places)
+            after = self._behind([*each.kept, *(each.reads if places[index] == "anew" else ())], places)
             in_slabs = {grid for grid in before if places[grid] == "slabs"}
             held = [grid for grid in before if places[grid] == "device"]
             made = [index] if places[index] == "slabs" else []
@@ -255,7 +256,7 @@ class Model:
                 held.append(index)
             yield held, ([*(in_slabs & after)], [*(in_slabs - after)], made)
 
-    def behind(self, grids: Sequence[int], places: Sequence[Place]) -> set[int]:
+    def _behind(self, grids: Sequence[int], places: Sequence[Place]) -> set[int]:
         """The grids in memory that these are, or would be made from."""
         found, left = set[int](), [each for each in grids if each >= 0]
         while left:

@@ -34,7 +34,8 @@ Place = Literal["device", "slabs", "anew"]
 Span = tuple[int, int]
 Region = tuple[Span, ...]
 
-# By the number of axes: the axes in their own order, and with channels innermost.
+# By the number of axes: channels innermost; and all axes, in their own order and so.
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _ORDERS = {axes: (tuple(range(axes)), (0, *range(2, axes), 1)) for axes in range(2, 8)}
 
 
@@ -403,7 +404,7 @@ def reachable(grids: Iterable[Grid]) -> set[Grid]:
 def layout_of(x: Tensor) -> torch.memory_format:
     """The order in memory of a grid or a part of one, so that what it goes into keeps it."""
     order = _order(x)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    last = _LAST.get(x.ndim)
     return last if last is not None and order == (0, *range(2, x.ndim), 1) else torch.contiguous_format
 
 
@@ -428,6 +429,11 @@ def dense(x: Tensor | Sum) -> Tensor:
 
 def move(into: Tensor, source: Tensor) -> None:
     """Copy a part of a grid on the device; the same as `into.copy_(source)`."""
+    layout = _LAST.get(into.ndim)
+    if layout and into.is_contiguous(memory_format=layout) and source.is_contiguous(memory_format=layout):
+        # Nothing to find out: one block.
+        into.copy_(source)
+        return
     if _order(into) == _order(source):
         into, source = _in_memory(into), _in_memory(source)
     copy_rows(into, source)
