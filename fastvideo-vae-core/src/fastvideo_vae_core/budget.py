@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fastvideo_vae_core.errors import MemoryBudgetError
-from fastvideo_vae_core.grids import Anew, Grid, Making, Place, Region
+from fastvideo_vae_core.grids import Anew, Grid, Making, Memories, Place, Region, follow
 from fastvideo_vae_core.memory import format_bytes
 from fastvideo_vae_core.plan import Plan
 from fastvideo_vae_core.tiling import Part, Passed, crop_sizes, regions
@@ -25,14 +25,23 @@ _MULTIPLICATIONS, _BYTES = 2.5e14, 5e10
 # the larger tiles that follow from it.
 _ASKING = 7e-4
 
+# How much longer a step of large tiles should take than a CPU takes to ask for it.
+_EASE = 4
+
 # A plan without the host that is at most this much slower than the whole is good enough to look no further.
 _GOOD = 1.1
 
 # Grids that are smaller than this share of the budget stay on the device.
 _SMALL = 1 / 64
 
+# A plan of single frames that is at most this much slower than the whole need not be compared with others.
+_FAIR = 1.5
+
+# How much slower larger slabs may be for both to be tried further.
+_NEAR = 1.02
+
 # How often an estimate of the memory is corrected.
-_ATTEMPTS = 3
+_ATTEMPTS = 6
 
 # What a share on the host may lose to slabs of whole rows.
 _ROUNDING = 1 / 64
@@ -92,24 +101,27 @@ class _Search:
         return self._in_larger_pieces(self._first(sorted(plans, key=self.slowness)))
 
     def placed(self, slabs: Sequence[tuple[int, ...]]) -> Plan | None:
-        """Slabs, with the large grids in slabs too or computed anew, and as little on the host as fits."""
-        found: Plan | None = None
+        """Slabs, with the large grids in slabs too or computed anew, and as little on the host as fits. Where tiles can
+        follow one another these are of single frames, for which nothing is computed twice."""
+        if any(each.step.passes for each in self.steps):
+            frames = self._in_slabs((1, *self._extent[1:]))
+            if frames is not None and self.slowness(frames) < _FAIR:
+                return self._in_larger_pieces(self._in_larger_tiles(frames))
+        found = list[Plan]()
         for tile in reversed(slabs):
             plan = self._in_slabs(tile)
-            if plan is None:
+            if plan is None or (found and self.slowness(plan) >= _NEAR * self.slowness(found[-1])):
                 # Larger ones need more.
                 break
-            if found is not None and self.slowness(plan) >= self.slowness(found):
-                break
-            found = plan
-        return self._in_larger_pieces(None if found is None else self._in_larger_tiles(found))
+            found.append(plan)
+        grown = [self._in_larger_tiles(plan) for plan in found[-2:]]
+        return self._in_larger_pieces(min(grown, key=self.slowness, default=None))
 
     @property
     def steps(self) -> Sequence[Passed]:
         """What a rehearsal sees of the steps, each in one tile."""
         if self._steps is None:
-            whole = tuple(map(max, self.plan.input_shape[2:], self.plan.output_shape[2:]))
-            self._steps = replace(self.smallest, mode="tiled", tile=whole).forecast.steps
+            self._steps = replace(self.smallest, mode="tiled", tile=self._extent).forecast.steps
         return self._steps
 
     def slowness(self, plan: Plan) -> float:
@@ -122,11 +134,12 @@ class _Search:
         large = [index for index, each in enumerate(self.steps[:-1]) if each.made > _SMALL * self.budget]
         places = tuple[Place, ...]("slabs" if index in large else "device" for index in range(len(self.steps)))
         all_ = tuple(float(place == "slabs") for place in places)
-        plan = replace(self.smallest, mode="tiled", tile=tile, places=places)
+        tiles = self._tiles(tile)
+        plan = replace(self.smallest, mode="tiled", tile=tile, tiles=tiles, places=places)
         if self._first([replace(plan, host_shares=all_)]) is None:
             return None
         seen = plan.forecast
-        model = Model(self.steps, (tile,) * len(self.steps))
+        model = Model(self.steps, tiles)
         room = [self.budget - (seen.peak - max(each.peak for each in seen.steps))] * len(places)
         # What a step takes beside the grids, which the model knows.
         beside = [each.peak - sum(live) for each, live in zip(seen.steps, model.live(places), strict=True)]
@@ -135,35 +148,63 @@ class _Search:
             found = model.fastest(places, large, [have - need for have, need in zip(room, beside, strict=True)])
             if found is None:
                 break
-            fitting = self._first([replace(plan, places=found[0], host_shares=found[1])])
-            if fitting is not None:
-                break
-            # Computing anew takes memory that the model does not know.
-            tried = replace(plan, places=found[0], host_shares=found[1]).forecast
-            over = [max(each.peak - have, 0) for each, have in zip(tried.steps, room, strict=True)]
-            beside = [need + more for need, more in zip(beside, over, strict=True)]
+            tried = replace(plan, places=found[0], host_shares=found[1])
+            fits = self._first([tried]) is not None
+            # To compute anew takes memory that the model does not know, and grids that stay on the device take none.
+            taken = zip(beside, tried.forecast.steps, model.live(*found), strict=True)
+            beside = [max(each.peak - sum(live), 0 if fits else known) for known, each, live in taken]
+            if fits:
+                if fitting is not None and self.slowness(tried) >= self.slowness(fitting):
+                    break
+                fitting = tried
         return fitting or self._first([replace(plan, host_shares=all_)])
+
+    def _tiles(self, tile: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """A tile for each step; where they follow one another, made from whole elements of a grid that is computed
+        anew."""
+        if not self._along_frames(tile):
+            return (tile,) * len(self.steps)
+        ups = [max((self.steps[read].step.axes[0].up for read in each.reads if read >= 0), default=1) for each in self.steps]
+        return tuple((tile[0] * up, *tile[1:]) for up in ups)
+
+    @property
+    def _extent(self) -> tuple[int, ...]:
+        """Of the widest grid along each axis behind (B, C)."""
+        return tuple(map(max, self.plan.input_shape[2:], self.plan.output_shape[2:]))
+
+    def _along_frames(self, tile: tuple[int, ...]) -> bool:
+        """Whether tiles follow one another along the first axis."""
+        return any(each.step.passes for each in self.steps) and tile[1:] == self._extent[1:]
 
     def _in_larger_tiles(self, plan: Plan) -> Plan:
         """The same with two, four or more slabs as one in the steps that have memory for it, such as those of coarse
         grids: each slab's halo is put together once more, and asked for."""
         assert plan.tile is not None
-        model, seen = Model(self.steps, (plan.tile,) * len(self.steps)), plan.forecast
+        model, seen = Model(self.steps, plan.tiles), plan.forecast
         room = self.budget - (seen.peak - max(each.peak for each in seen.steps))
+        frames = self._along_frames(plan.tile)
         times = []
-        for each, grids in zip(seen.steps, model.live(plan.places, plan.host_shares), strict=True):
+        for index, (each, grids) in enumerate(zip(seen.steps, model.live(plan.places, plan.host_shares), strict=True)):
             beside = max(each.peak - sum(grids), 1)
             most = max((room - sum(grids)) // beside, 1)
+            if frames:
+                # Nothing is computed twice, and a slab need not be put together where it is a tile.
+                near = model.behind([index, *each.reads], plan.places)
+                hosted = any(plan.host_shares[grid] for grid in near)
+                most = 1 if hosted else min(most, math.ceil(_EASE * model.asked(index) * _MULTIPLICATIONS / (each.work + 1)))
             times.append(1 << (most.bit_length() - 1))
-        whole = max(max(each.sizes[-2], each.step.axes[-2].output_size(each.sizes[-2])) for each in self.steps)
+        cut = 0 if frames else len(plan.tile) - 2
         while max(times) > 1:
-            heights = [min(plan.tile[-2] * by, whole) for by in times]
-            grown = replace(plan, tiles=tuple((*plan.tile[:-2], height, plan.tile[-1]) for height in heights))
+            lengths = [min(tile[cut] * by, self._extent[cut]) for tile, by in zip(plan.tiles, times, strict=True)]
+            tiles = [(*tile[:cut], length, *tile[cut + 1 :]) for tile, length in zip(plan.tiles, lengths, strict=True)]
+            grown = replace(plan, tiles=tuple(tiles))
             if self._first([grown]) is not None:
                 return grown
             # Smaller ones where there was no room, and in those that made what was read there, which stays for longer.
             over = [index for index, each in enumerate(grown.forecast.steps) if each.peak > room]
-            worst = {step for index in over for step in (index, *self.steps[index].reads, *self.steps[index].kept)}
+            worst = set[int](over)
+            for index in over:
+                worst |= model.behind([*self.steps[index].reads, *self.steps[index].kept], plan.places)
             if all(times[index] == 1 for index in worst):
                 break
             times = [max(by // 2, 1) if index in worst else by for index, by in enumerate(times)]
@@ -218,22 +259,50 @@ class Model:
         """Estimated seconds."""
         return sum(self._times(places, shares))
 
+    def asked(self, index: int) -> float:
+        """Seconds in which a CPU asks for a step, at least."""
+        return _ASKING * sum(times for _, times in self._regions[index])
+
     def live(self, places: Sequence[Place], shares: Sequence[float] = ()) -> Iterator[tuple[int, int]]:
         """Bytes of the grids that are on the device in each step: in one tensor, and in slabs."""
         for held, slabs in self._grids(places):
             yield sum(self.steps[each].made for each in held), self._passing(slabs, shares)
 
     def _shares(self, places: Sequence[Place], room: Sequence[int]) -> tuple[float, ...] | None:
+        """What has to be on the host, evenly of all grids or rather of those that are read least, whichever is faster
+        or moves less; None if that is not enough."""
+        reads = Counter(grid for each in self.steps for grid in self.behind(each.reads, places))
+        found = (self._shared(places, room, order) for order in (None, reads))
+        possible = [shares for shares in found if shares is not None]
+
+        def cost(shares: tuple[float, ...]) -> tuple[float, float]:
+            moved = (each.made * share * (1 + reads[index]) for index, (each, share) in enumerate(zip(self.steps, shares)))
+            return round(self.time(places, shares), 4), sum(moved)
+
+        return min(possible, key=cost, default=None)
+
+    def _shared(
+        self, places: Sequence[Place], room: Sequence[int], reads: Mapping[int, int] | None
+    ) -> tuple[float, ...] | None:
         shares = [0.0] * len(places)
-        for have, (held, slabs) in zip(room, self._grids(places), strict=True):
-            passing = self._passing(slabs)
-            over = sum(self.steps[each].made for each in held) + passing - have
-            if over <= 0:
-                continue
-            if over > passing:
-                return None
-            for index in {each for group in slabs for each in group}:
-                shares[index] = max(shares[index], min(over / passing + _ROUNDING, 1.0))
+        for have, (held, (kept, dying, made)) in zip(room, self._grids(places), strict=True):
+            have -= sum(self.steps[each].made for each in held)
+            # At the beginning of the step, and at its end.
+            for group in (kept + dying, kept + made):
+                there = sum(self.steps[each].made for each in group)
+                if there <= have:
+                    continue
+                if have < 0:
+                    return None
+                if reads is None:
+                    for index in group:
+                        shares[index] = max(shares[index], min(1.0 - have / there + _ROUNDING, 1.0))
+                    continue
+                for index in sorted(group, key=lambda each: reads[each]):
+                    near = sum(self.steps[each].made * (1.0 - shares[each]) for each in group)
+                    if near > have:
+                        more = (near - have) / self.steps[index].made + _ROUNDING
+                        shares[index] = min(shares[index] + more, 1.0)
         return tuple(shares)
 
     def _passing(self, slabs: tuple[list[int], list[int], list[int]], shares: Sequence[float] = ()) -> int:
@@ -247,8 +316,8 @@ class Model:
     def _grids(self, places: Sequence[Place]) -> Iterator[tuple[list[int], tuple[list[int], list[int], list[int]]]]:
         """The grids that are there in each step: in one tensor; and in slabs those that stay, go and come."""
         for index, each in enumerate(self.steps):
-            before = self._behind([*each.reads, *each.kept], places)
-            after = self._behind([*each.kept, *(each.reads if places[index] == "anew" else ())], places)
+            before = self.behind([*each.reads, *each.kept], places)
+            after = self.behind([*each.kept, *(each.reads if places[index] == "anew" else ())], places)
             in_slabs = {grid for grid in before if places[grid] == "slabs"}
             held = [grid for grid in before if places[grid] == "device"]
             made = [index] if places[index] == "slabs" else []
@@ -256,7 +325,7 @@ class Model:
                 held.append(index)
             yield held, ([*(in_slabs & after)], [*(in_slabs - after)], made)
 
-    def _behind(self, grids: Sequence[int], places: Sequence[Place]) -> set[int]:
+    def behind(self, grids: Sequence[int], places: Sequence[Place]) -> set[int]:
         """The grids in memory that these are, or would be made from."""
         found, left = set[int](), [each for each in grids if each >= 0]
         while left:
@@ -280,8 +349,9 @@ class Model:
             if place == "anew" and not each.following:
                 continue
             work = up = asked = 0.0
+            memories: Memories | None = {} if follow(each.step, reads, [area for area, _ in self._regions[index]]) else None
             for region, times in self._regions[index]:
-                making = Making(each.step, reads, None, region)
+                making = Making(each.step, reads, None, region, memories)
                 before, wanted = making.needs
                 makings: list[tuple[Grid | None, Making]] = [(None, making), *before]
                 asked += times * len(makings)
@@ -317,5 +387,6 @@ def _share(passed: Passed, making: Making) -> float:
     share = 1.0
     axes = zip(passed.step.axes, making.region, making.crop, making.inner, passed.sizes, strict=True)
     for axis, (start, stop), (first, last), inner, size in axes:
-        share *= (stop - start if inner else axis.output_size(last - first)) / axis.output_size(size)
+        exact = inner or making.memories is not None
+        share *= (stop - start if exact else axis.output_size(last - first)) / axis.output_size(size)
     return share

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,10 +85,13 @@ class Slabs(Grid):
 
     Attributes:
         axis: of a tensor (B, C, ...).
+        entire: every slab is on the host or on the device as a whole, because tiles have no halo; else a share of each
+            is on the host, so that there is as much to copy beside each tile.
         slabs: those that are still needed.
     """
 
     axis: int
+    entire: bool = False
     slabs: list[Slab] = field(default_factory=list)
 
 
@@ -103,6 +106,10 @@ class Anew(Grid):
     step: Step
     reads: tuple[Grid, ...]
     moments: Moments | None
+
+
+# What the steps of a pass keep of the tiles behind them, by the grid that they make anew; None: the one that is wanted.
+Memories = dict[Grid | None, dict[Any, Any]]
 
 
 class Courier:
@@ -127,6 +134,8 @@ class Courier:
         self._leaving = deque[tuple[torch.cuda.Event | None, list[Tensor]]]()
         # Of the host's memory what no slab is in, by its size.
         self._free = defaultdict[int, list[Tensor]](list)
+        # Slabs that have come or are coming as a whole, by the identity of their memory on the host.
+        self._near = dict[int, tuple[Tensor, torch.cuda.Event | None]]()
 
     def __enter__(self) -> Courier:
         return self
@@ -142,7 +151,10 @@ class Courier:
         needed = [slab for slab in grid.slabs if slab.span[0] < last and slab.span[1] > first]
         if len(needed) == 1 and not needed[0].on_host:
             part = _part_of(needed[0], grid.axis, region)
+            self._expect(grid, last)
             return lambda: part
+        if len(needed) == 1 and grid.entire:
+            return self._bring_entire(needed[0], grid.axis, region)
         slab = needed[0].data
         shape = (*slab.shape[:2], *(stop - start for start, stop in region))
         device = self._device if self._asynchronous else slab.device
@@ -153,6 +165,7 @@ class Courier:
             inner[grid.axis - 2] = (start, stop)
             source, into = _part_of(slab_, grid.axis, inner), made.narrow(grid.axis, start - first, stop - start)
             if slab_.on_host:
+                _count_uploaded(into)
                 self._upload(into, source)
             else:
                 move(into, source)
@@ -165,6 +178,37 @@ class Courier:
             return made
 
         return arrived
+
+    def _bring_entire(self, slab: Slab, axis: int, region: Region) -> Callable[[], Tensor]:
+        """A part of a slab on the host, all of which comes."""
+        if id(slab.host) not in self._near:
+            self._begin(slab)
+        whole, event = self._near[id(slab.host)]
+        if region[axis - 2][1] >= slab.span[1]:
+            del self._near[id(slab.host)]
+        part = _part_of(slab._replace(data=whole), axis, region)
+        _count_uploaded(part)
+
+        def arrived() -> Tensor:
+            if event is not None:
+                self._main().wait_event(event)
+            return part
+
+        return arrived
+
+    def _expect(self, grid: Slabs, behind: int) -> None:
+        """Begin to bring the next slab on the host, beside tiles that need none: one at a time."""
+        if not grid.entire or not self.ahead:
+            return
+        slab = next((slab for slab in grid.slabs if slab.on_host and slab.span[0] >= behind), None)
+        if slab is not None and id(slab.host) not in self._near:
+            self._begin(slab)
+
+    def _begin(self, slab: Slab) -> None:
+        device = self._device if self._asynchronous else slab.data.device
+        made = torch.empty(slab.data.shape, dtype=slab.data.dtype, device=device, memory_format=layout_of(slab.data))
+        self._upload(made, slab.data)
+        self._near[id(slab.host)] = made, self._ways()[0].record_event() if self._asynchronous else None
 
     def store(self, piece: Tensor, grid: Slabs, region: Region, span: Span, host_share: float) -> None:
         """Keep a tile of a grid, in the slab `span` of its axis: a share of it on the host, the rest on the device."""
@@ -198,8 +242,7 @@ class Courier:
         if leaving and self.ahead:
             event = self._ways()[1].record_event() if self._asynchronous else None
             self._leaving.append((event, leaving))
-            while len(self._leaving) > 1:
-                self._let_go()
+            self.let_go(all_but=1)
 
     def release(self, grid: Slabs, before: int) -> None:
         """Let go of what lies in front of this element of a grid, which no tile that is still to be begun needs.
@@ -209,6 +252,8 @@ class Courier:
         """
         for slab in grid.slabs:
             if slab.span[1] <= before and slab.host is not None:
+                # A rehearsal leaves out tiles.
+                self._near.pop(id(slab.host), None)
                 self._free[slab.host.nbytes].append(slab.host)
         grid.slabs[:] = [slab for slab in grid.slabs if slab.span[1] > before]
 
@@ -232,8 +277,6 @@ class Courier:
         return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=self._asynchronous)
 
     def _upload(self, into: Tensor, source: Tensor) -> None:
-        if (seen := rehearsal()) is not None:
-            seen.uploaded += seen.times * source.nbytes
         if not self._asynchronous:
             into.copy_(source)
             return
@@ -258,15 +301,26 @@ class Courier:
             transfer(_in_memory(into), _in_memory(source))
         return source
 
+    def turn(self) -> None:
+        """Behind a step: what comes from the host next may be what went there last. What leaves may go on leaving."""
+        self._near.clear()
+        if self._streams is not None:
+            self._streams[0].wait_stream(self._streams[1])
+
+    def let_go(self, all_but: int = 0) -> None:
+        """Wait, on the stream that computes, until tiles have left, and release them."""
+        while len(self._leaving) > all_but:
+            event, _ = self._leaving.popleft()
+            if event is not None:
+                self._main().wait_event(event)
+
     def settle(self) -> None:
         """Wait, on the stream that computes, until everything that is under way has arrived."""
-        while self._leaving:
-            self._let_go()
+        self.turn()
+        self.let_go()
         if self._streams is not None:
             for stream in self._streams:
                 self._main().wait_stream(stream)
-            # What comes from the host next may be what went there last.
-            self._streams[0].wait_stream(self._streams[1])
 
     def _ways(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         """The streams from the host and to it."""
@@ -280,31 +334,36 @@ class Courier:
             self._computes = torch.cuda.current_stream(self._device)
         return self._computes
 
-    def _let_go(self) -> None:
-        event, _ = self._leaving.popleft()
-        if event is not None:
-            self._main().wait_event(event)
-
 
 @dataclass(frozen=True, eq=False)
 class Making:
-    """A region of what a step makes."""
+    """A region of what a step makes.
+
+    Attributes:
+        memories: of regions that follow one another and are made without a halo; None: it is made by itself.
+    """
 
     step: Step
     reads: tuple[Grid, ...]
     moments: Moments | None
     region: Region
+    memories: Memories | None = None
 
     @cached_property
     def crop(self) -> Region:
-        """The elements of the grids that it is made from."""
+        """The elements of the grids that it is made from, beyond those that are remembered."""
         axes = zip(self.step.axes, self.region, self.reads[0].sizes, strict=True)
-        return tuple(axis.needs(*span, size) for axis, span, size in axes)
+        crop = tuple(axis.needs(*span, size) for axis, span, size in axes)
+        if self.memories is None:
+            return crop
+        onward = self.step.axes[0].continues(*self.region[0], self.reads[0].sizes[0])
+        assert onward is not None
+        return onward, *crop[1:]
 
     @cached_property
     def inner(self) -> tuple[bool, ...]:
         """Along which axes those go on by the whole halo at both ends, so that nothing has to be padded."""
-        if not self.step.trims:
+        if not self.step.trims or self.memories is not None:
             return (False,) * len(self.region)
         axes = zip(self.step.axes, self.region, self.crop, strict=True)
         return tuple(
@@ -314,9 +373,14 @@ class Making:
             for axis, (start, stop), (first, last) in axes
         )
 
-    def run(self, crops: Sequence[Tensor]) -> Tensor | Sum:
-        """The region, from these elements; what their borders spoiled is cut off."""
+    def run(self, crops: list[Tensor], grid: Grid | None = None) -> Tensor | Sum:
+        """The region, from these elements, which the step may let go; what their borders spoiled is cut off.
+
+        grid: the one that the region is a part of, if it is made anew.
+        """
         more = (self.inner,) if any(self.inner) else ()
+        if self.memories is not None and self.step.passes:
+            return self.step.run(crops, self.moments, memory=self.memories.setdefault(grid, {}))
         made = self.step.run(crops, self.moments, *more)
         sizes = (made if isinstance(made, Tensor) else made.x).shape[2:]
         keep = []
@@ -341,10 +405,55 @@ class Making:
             # All that read it have asked when it is the last one.
             grid = max(grids, key=lambda each: each.index)
             met.add(grid)
-            inner = Making(grid.step, grid.reads, grid.moments, wanted[grid])
+            inner = Making(grid.step, grid.reads, grid.moments, wanted[grid], self.memories)
             _ask(inner, wanted)
             makings.append((grid, inner))
         return makings, wanted
+
+
+def follow(step: Step, reads: Sequence[Grid], areas: Sequence[Region]) -> bool:
+    """Whether these regions of what a step makes can follow one another: they are cut along the first axis alone, and
+    the step, and all that is made anew for it, remembers what is behind it there."""
+    if len(areas) < 2:
+        return False
+    sizes = [axis.output_size(size) for axis, size in zip(step.axes, reads[0].sizes, strict=True)]
+    if areas[0][0][0] or any(region[1:] != tuple((0, size) for size in sizes[1:]) for region in areas):
+        return False
+    left: list[tuple[Step, Sequence[Grid], Sequence[Span]]] = [(step, reads, [region[0] for region in areas])]
+    while left:
+        step, reads, spans = left.pop()
+        axis = step.axes[0]
+        if axis.whole or not (step.passes or axis.before == axis.after == axis.lead == 0):
+            return False
+        onward = [axis.continues(*span, reads[0].sizes[0]) for span in spans]
+        if None in onward:
+            return False
+        left += [(grid.step, grid.reads, onward) for grid in reads if isinstance(grid, Anew)]
+    return True
+
+
+def kind_of(making: Making) -> Hashable:
+    """What two regions have in common whose making takes the same memory."""
+    sizes = tuple(last - first for first, last in making.crop)
+    if making.memories is None:
+        return sizes
+    _, wanted = making.needs
+    near = []
+    for grid, region in wanted.items():
+        if isinstance(grid, Slabs):
+            first, last = region[grid.axis - 2]
+            near.append(tuple(slab.on_host for slab in grid.slabs if slab.span[0] < last and slab.span[1] > first))
+    return sizes, *near
+
+
+def in_turns(slabs: int, share: float) -> list[float]:
+    """Which slabs are on the host as a whole (1.0), and which are not (0.0): evenly, and neither the first nor the last
+    ones, so that there is time to bring them, and for them to leave."""
+    there = math.ceil(slabs * share)
+    found = [0.0] * slabs
+    for index in range(there):
+        found[(index + 1) * slabs // (there + 1) if there < slabs else index] = 1.0
+    return found
 
 
 def passed_by(makings: Sequence[Making], dying: Iterable[Slabs]) -> list[dict[Slabs, int]]:
@@ -380,7 +489,7 @@ def prepare(making: Making, courier: Courier) -> Callable[[], Tensor | Sum]:
                 users[each] -= 1
                 if not users[each]:
                     here.pop(each, None)
-            made = inner.run(crops)
+            made = inner.run(crops, grid)
             del crops
             if grid is None:
                 return made
@@ -453,6 +562,11 @@ def _order(x: Tensor) -> tuple[int, ...]:
                 return plain
             found = last
     return found
+
+
+def _count_uploaded(part: Tensor) -> None:
+    if (seen := rehearsal()) is not None:
+        seen.uploaded += seen.times * part.nbytes
 
 
 def _ask(making: Making, wanted: dict[Grid, Region]) -> None:

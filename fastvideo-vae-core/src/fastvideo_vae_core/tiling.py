@@ -10,7 +10,7 @@ borders spoiled is cut off.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,10 +24,14 @@ from fastvideo_vae_core.grids import (
     Grid,
     Held,
     Making,
+    Memories,
     Place,
     Region,
     Slabs,
     dense,
+    follow,
+    in_turns,
+    kind_of,
     layout_of,
     move,
     passed_by,
@@ -77,6 +81,18 @@ class Axis:
         # The crop begins where an output element begins, so that strided steps keep their phase.
         return first - first % self.down, min(last + self.after, size)
 
+    def continues(self, start: int, stop: int, size: int) -> tuple[int, int] | None:
+        """The input elements [first, last) of `size` that the output elements [start, stop) take beyond those that
+        everything before them is made from; None where these are not whole ones."""
+        if self.whole or self.after:
+            return None
+        if self.up == 1:
+            return max(start * self.down - self.lead, 0), min(stop * self.down - self.lead, size)
+        ends = self.output_size(size)
+        if any((edge + self.lead) % self.up for edge in (start, stop) if 0 < edge < ends):
+            return None
+        return (start + self.lead if start else 0) // self.up, -(-(stop + self.lead) // self.up)
+
     def finished(self, size: int) -> int:
         """How many output elements are made from the first `size` input elements, whatever comes behind them."""
         if self.up > 1:
@@ -114,7 +130,11 @@ class Step:
             the moments it takes them over what it sees. A sum is added up in the pass that puts it into its place.
         trims: whether `run` takes a third argument, which says for each axis whether the crop goes on by the halo at
             both ends. There it need not pad, and may give what is in between only, which saves computing the rest.
+        passes: whether `run` takes a dict `memory`, in which it keeps what it needs of the frames that it has seen. Then
+            tiles that follow one another along the first axis alone need no halo in front of them.
         norm: the normalisation at the head of the step, whose statistics span the whole of the first grid.
+        pending: a bias (C) that the grid still lacks, because whoever reads it adds it without a pass over memory; its
+            statistics are those behind the bias.
         excerpt: where axes are whole: from whole grids to a region of the new one, along the axes behind (B, C), for
             less than the work of all of it. Attention has it: there are keys everywhere, and queries where asked.
     """
@@ -125,7 +145,9 @@ class Step:
     reads: tuple[str, ...] = ("x",)
     writes: str = "x"
     norm: nn.GroupNorm | None = None
+    pending: Tensor | None = None
     trims: bool = False
+    passes: bool = False
     excerpt: Callable[[Sequence[Tensor], Sequence[slice]], Tensor] | None = None
 
 
@@ -312,22 +334,27 @@ def _run_step(
     if place == "anew" and following is None:
         return None, None
     wanted = tuple(stop - start for start, stop in part.region)
-    tiles = excerpt(regions(step.axes, part, tile), lambda region: crop_sizes(step.axes, region, part.sizes))
-    makings = [Making(step, tuple(reads), moments, region) for region, _ in tiles]
+    areas = list(regions(step.axes, part, tile))
+    memories: Memories | None = {} if follow(step, reads, areas) else None
+    makings = [Making(step, tuple(reads), moments, region, memories) for region in areas]
+    axis = next((i for i, (span, all_) in enumerate(zip(areas[0], part.region, strict=True)) if span != all_), 0)
+    slabs = Slabs(index=-1, sizes=wanted, axis=axis + 2, entire=memories is not None)
+    shares = in_turns(len(areas), host_share) if slabs.entire else [host_share] * len(areas)
     needed = passed_by(makings, dying)
-    axis = next((i for i, (span, all_) in enumerate(zip(tiles[0][0], part.region, strict=True)) if span != all_), 0)
-    slabs = Slabs(index=-1, sizes=wanted, axis=axis + 2)
+    kinds = [(kind_of(making), share) for making, share in zip(makings, shares, strict=True)]
+    tiles = excerpt(range(len(makings)), lambda index: kinds[index])
     made: Tensor | None = None
     gathered = list[Moments]()
     like: Callable[[Region], Tensor] = partial(_blank, (1, 1), torch.float32, torch.contiguous_format)
     coming: Callable[[], Tensor | Sum] | None = None
-    for index, (region, times) in enumerate(tiles):
+    for index, making in enumerate(makings):
+        times = tiles[index][1]
         make, coming = coming, None
         upcoming = tiles[index + 1][1] if index + 1 < len(tiles) else 0
         if not times and not upcoming and place != "slabs":
             continue
         with standing_for(times):
-            make = prepare(makings[index], courier) if make is None and times else make
+            make = prepare(making, courier) if make is None and times else make
         if courier.ahead and index + 1 < len(tiles) and (times or upcoming):
             with standing_for(upcoming):
                 coming = prepare(makings[index + 1], courier)
@@ -335,19 +362,24 @@ def _run_step(
             continue
         with standing_for(times):
             # A rehearsal does not compute every tile, but keeps it.
-            piece = make() if make is not None and times else like(region)
+            piece = make() if make is not None and times else like(making.region)
             if place == "slabs" or following is not None or isinstance(piece, Sum):
                 # Once, where statistics and the slab would each copy it.
                 piece = dense(piece)
             # It holds what it is made from.
             del make
+            if not index:
+                # What the step before has left.
+                courier.let_go()
+                if slabs.entire and place == "slabs" and rehearsal() is not None:
+                    _rehearse_fullest(tiles, kinds, _filled(makings, shares, dying, needed, piece))
             done()
             like = partial(_blank, piece.shape[:2], piece.dtype, layout_of(piece))
             for grid in dying:
                 courier.release(grid, needed[index][grid])
             if following is not None and times:
-                gathered.append(Moments.of(piece, following.num_groups))
-            local = tuple((a - c, b - c) for (a, b), (c, _) in zip(region, part.region, strict=True))
+                gathered.append(Moments.of(piece, following.num_groups, step.pending))
+            local = tuple((a - c, b - c) for (a, b), (c, _) in zip(making.region, part.region, strict=True))
             if place == "device":
                 if piece.shape[2:] == wanted:
                     return piece, gathered[0] if gathered else None
@@ -360,10 +392,38 @@ def _run_step(
                     )
                 move(made[(slice(None), slice(None), *(slice(*span) for span in local))], piece)
             elif place == "slabs":
-                courier.store(piece, slabs, local, local[axis], host_share)
+                courier.store(piece, slabs, local, local[axis], shares[index])
             del piece
-    courier.settle()
+    courier.turn()
     return slabs if place == "slabs" else made, Moments.merged(gathered) if gathered else None
+
+
+def _filled(
+    makings: Sequence[Making],
+    shares: Sequence[float],
+    dying: Sequence[Slabs],
+    needed: Sequence[Mapping[Slabs, int]],
+    piece: Tensor,
+) -> list[float]:
+    """Bytes on the device, in front of each tile, of slabs that go and of those that have come; the first tile is
+    there."""
+    frame, come, found = piece.nbytes / piece.shape[2], 0.0, []
+    for index, (making, share) in enumerate(zip(makings, shares, strict=True)):
+        left = ((slab, needed[index - 1][grid] if index else 0) for grid in dying for slab in grid.slabs)
+        found.append(come + sum(slab.data.nbytes for slab, first in left if not slab.on_host and slab.span[1] > first))
+        start, stop = making.region[0]
+        come += (1.0 - share) * (stop - start) * frame
+    return found
+
+
+def _rehearse_fullest(tiles: list[tuple[int, int]], kinds: Sequence[Hashable], filled: Sequence[float]) -> None:
+    """Of each kind of tiles compute the one, too, that finds the device fullest: slabs do not come and go evenly."""
+    for kind in set(kinds):
+        alike = [index for index, each in enumerate(kinds) if each == kind]
+        fullest = max(alike, key=lambda index: filled[index])
+        last = alike[-1]
+        if not tiles[fullest][1]:
+            tiles[fullest], tiles[last] = (fullest, 1), (last, tiles[last][1] - 1)
 
 
 def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor], tile: int) -> Iterator[Tensor]:

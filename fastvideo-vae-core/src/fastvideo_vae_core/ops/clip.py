@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.causal import Window, rows_of, stack, stacks, unstack
 from fastvideo_vae_core.ops.norm import Moments, group_norm_act
-from fastvideo_vae_core.ops.sums import Sum
-from fastvideo_vae_core.ops.upsampling import folded, spread
+from fastvideo_vae_core.ops.upsampling import folded, spread, upsampled_frame
 from fastvideo_vae_core.rehearsal import device_of
 
 
@@ -48,7 +47,11 @@ class Run:
     def fuses(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernels of this device are to be used, rather than the definitions."""
         differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return self.device.type == "cuda" and _HAS_TRITON and x.dtype in _FUSED and not differentiates
+        return self.defers(x) and not differentiates
+
+    def defers(self, x: Tensor) -> bool:
+        """Whether biases of convolutions of that type are left to whoever reads next."""
+        return self.device.type == "cuda" and _HAS_TRITON and x.dtype in _FUSED
 
     def merges_frames(self, x: Tensor) -> bool:
         """Whether statistics are those of single frames, merged: in float32 on a GPU, where the last bit of a mean
@@ -78,11 +81,6 @@ class Clip:
 
     pieces: list[Tensor]
     bias: Tensor | None = None
-
-    def pending(self) -> Tensor | Sum:
-        """The same, with the bias still to be added; the clip is empty afterwards."""
-        bias, self.bias = self.bias, None
-        return self.joined() if bias is None else Sum(self.joined(), bias=bias)
 
     def joined(self) -> Tensor:
         """The feature map in one tensor; the clip is empty afterwards."""
@@ -160,6 +158,10 @@ class Reading(NamedTuple):
         return self.moments.affine(self.norm, torch.float32, self.bias)
 
 
+# What convolutions have in front of them between calls that continue one another, see `convolved`.
+Memory = dict[nn.Module, "_Passing"]
+
+
 class CausalConv(nn.Module):
     """A convolution whose output frame sees no later input frame. Beyond the borders, and before the first frame, the
     nearest position is repeated.
@@ -173,26 +175,34 @@ class CausalConv(nn.Module):
         self.conv = nn.Conv3d(before, after, kernel, stride)
         self.taps = kernel
         self.border = kernel // 2
-        # Frames that lie side by side in the channels of a fused window, see `ops.causal.stacks`.
-        self.slots = kernel if stride[0] == 1 and stacks(before, (kernel,) * 3) else 1
+        # Frames that lie side by side in the channels of a fused window, see `ops.causal.stacks`. Of 128 channels a 3-D
+        # convolution is as fast, and its window a third.
+        self.slots = kernel if stride[0] == 1 and before < 128 and stacks(before, (kernel,) * 3) else 1
 
-    def forward(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
-        """The frames that a window, with its borders, is enough for."""
+    @property
+    def weight(self) -> Tensor:
+        """(O, C, K, 3, 3)."""
+        return self.conv.weight
+
+    def forward(self, data: Tensor, weight: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
+        """The frames that a window, with its borders, is enough for.
+
+        weight: the convolution's, with its taps in the order in which the frames lie there.
+        """
         conv = self.conv
         if not fused and taps.takes(run.device, data, conv, any_shape=True):
             if max(conv.stride) > 1:
-                made = taps.strided(data, conv.weight, conv.stride)
+                made = taps.strided(data, weight, conv.stride)
             else:
                 # Contiguous, because all that follows would copy it.
-                made = taps.convolved(data, conv.weight).contiguous()
+                made = taps.convolved(data, weight).contiguous()
             return made if bias is None else made.add_(bias.view(-1, 1, 1, 1))
         if not fused:
-            return F.conv3d(data, conv.weight, bias, conv.stride)
+            return F.conv3d(data, weight, bias, conv.stride)
         if self.slots == 1:
-            made = F.conv3d(data.movedim(-1, 1), conv.weight, bias, conv.stride)
+            made = F.conv3d(data.movedim(-1, 1), weight, bias, conv.stride)
         else:
-            weight = conv.weight.transpose(1, 2).flatten(1, 2)
-            made = F.conv2d(stack(data), weight, bias, conv.stride[1:])
+            made = F.conv2d(stack(data), weight.transpose(1, 2).flatten(1, 2), bias, conv.stride[1:])
         made = made if self.slots == 1 else unstack(made, data)
         return made.contiguous(memory_format=torch.channels_last_3d)
 
@@ -233,14 +243,20 @@ def convolved(
     *,
     bias: bool = True,
     passed: Callable[[Tensor], object] | None = None,
+    memory: Memory | None = None,
 ) -> Iterator[Tensor]:
     """The convolution of what it reads of a clip, piece by piece; the clip is empty afterwards.
 
     bias: whether to add the convolution's own.
+    memory: of calls with the same reading, each with the frames that follow those of the one before.
     passed: is given each part of the clip when it has been read, before it is convolved; a convolution without stride
         gives one piece for each part.
     """
-    window = _Passing(conv, Reading() if reading is None else reading, run)
+    window = None if memory is None else memory.get(conv.conv)
+    if window is None:
+        window = _Passing(conv, Reading() if reading is None else reading, run)
+        if memory is not None:
+            memory[conv.conv] = window
     while x.pieces:
         parts = deque(x.pieces[0].split(conv.frames(x.pieces[0], window.reading.repeats, run), 2))
         del x.pieces[0]
@@ -256,19 +272,25 @@ def convolved(
 
 
 def upsampled(
-    x: Clip, conv: CausalConv, run: Run, repeats: tuple[int, int, int], inner: tuple[bool, bool] = (False, False)
+    x: Clip,
+    conv: CausalConv,
+    run: Run,
+    repeats: tuple[int, int, int],
+    inner: tuple[bool, bool] = (False, False),
+    memory: Memory | None = None,
 ) -> Iterator[Tensor]:
     """The convolution of a clip whose positions are repeated, piece by piece; the clip is empty afterwards. Of the
     first frame there is one.
 
     repeats: 1 or 2 for frames, rows and columns.
     inner: see `Reading`; what the first and the last position become is missing there, where kernels are fused.
+    memory: see `convolved`.
     """
     if not run.fuses(x.pieces[0], conv.conv.weight):
-        yield from convolved(x, conv, run, Reading(repeats=repeats))
+        yield from convolved(x, conv, run, Reading(repeats=repeats), memory=memory)
         return
-    surplus = repeats[0] - 1
-    for piece in convolved(x, _folded_conv(conv, repeats, run), run, Reading(inner=inner)):
+    surplus = repeats[0] - 1 if memory is None or conv.conv not in memory else 0
+    for piece in convolved(x, _folded_conv(conv, repeats, run), run, Reading(inner=inner), memory=memory):
         yield piece[:, :, surplus:]
         surplus = 0
 
@@ -284,10 +306,12 @@ class _FoldedConv:
         self.weight = folded(self.conv.weight, repeats, causal=True)
         self.taps = self.weight.shape[2]
 
-    def __call__(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
+    def __call__(self, data: Tensor, weight: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         """The frames that a window, with its borders, is enough for; in front of the first one there is another."""
-        made = F.conv3d(data.movedim(-1, 1), self.weight)
-        return spread(rows_of(made), self.repeats, bias, causal=True).movedim(-1, 1)
+        window = data.movedim(-1, 1)
+        if window.shape[2] == self.taps:
+            return upsampled_frame(window, weight, self.repeats, bias)
+        return spread(rows_of(F.conv3d(window, weight)), self.repeats, bias, causal=True).movedim(-1, 1)
 
     def frames(self, x: Tensor, repeats: tuple[int, int, int], run: Run) -> int:
         """How many frames of x it takes at a time."""
@@ -319,6 +343,8 @@ class _Passing:
     part, all with their borders.
 
     The definition has them as (B, C, F, H, W), kernels as `ops.causal.Window`, in memory that is used again and again.
+    For as long as parts have one frame each that memory is a ring of as many frames as the convolution has taps: each
+    frame takes the place of the oldest, and the taps are turned instead of moving those that stay.
     """
 
     def __init__(self, conv: CausalConv | _FoldedConv, reading: Reading, run: Run) -> None:
@@ -329,6 +355,9 @@ class _Passing:
         # How many frames the last window had there.
         self._last = 0
         self._affine: tuple[Tensor, Tensor] | None = None
+        # Where the oldest frame of a ring is, and the weights for each such place, as convolutions read them.
+        self._oldest: int | None = None
+        self._turned: dict[int, Tensor] = {}
 
     def write(self, part: Tensor) -> None:
         """Put a part behind the frames that are still needed."""
@@ -347,30 +376,69 @@ class _Passing:
         """What the window is enough for; frames that are not needed any more go."""
         data, taps, stride = self._data, self.conv.taps, self.conv.conv.stride[0]
         self._data = None
-        if isinstance(data, Window):
-            frames = data.data.shape[1] + data.taps - 1
-        else:
-            assert data is not None
-            frames = data.shape[2]
+        assert data is not None
+        if self._oldest is not None:
+            assert isinstance(data, Window)
+            yield self.conv(data.data, self._weight(self._oldest), bias, True, self.run)
+            return
+        frames = data.data.shape[1] + data.taps - 1 if isinstance(data, Window) else data.shape[2]
         count = max((frames - taps) // stride + 1, 0)
         left = frames - count * stride
         if isinstance(data, Window):
-            made = self.conv(data.data, bias, True, self.run) if count else None
+            made = self.conv(data.data, self.conv.weight, bias, True, self.run) if count else None
             self._held = data.last(left)
         else:
-            made = self.conv(data, bias, False, self.run) if count else None
+            made = self.conv(data, self.conv.weight, bias, False, self.run) if count else None
             self._held = data[:, :, -left:].clone()
         del data
         if made is not None:
             yield made
 
     def _filled(self, part: Tensor) -> Window:
+        conv = self.conv
+        borders = self.reading.borders(conv.border)
+        sizes = [size + 2 * border for size, border in zip(part.shape[3:], borders, strict=True)]
+        window, lead = self._ring(part, sizes) if self._turns(part) else self._behind_held(part, sizes)
+        if self._affine is None:
+            self._affine = self.reading.affine()
+        from fastvideo_vae_core.ops.kernels.clip import fill
+
+        rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
+        fill(window, rows, self._affine, lead=lead, borders=borders)
+        return window
+
+    def _turns(self, part: Tensor) -> bool:
+        """Whether a part goes into a ring, which it leaves for good where it has several frames."""
+        if part.shape[2] == 1 and self.conv.slots == 1 and self.conv.conv.stride[0] == 1:
+            return self._oldest is not None or self._room is None
+        if self._oldest is not None and self._room is not None:
+            self._held = self._room.roll(-self._oldest, 1)[:, 1:]
+            self._room = self._oldest = None
+        return False
+
+    def _ring(self, part: Tensor, sizes: Sequence[int]) -> tuple[Window, int]:
+        """Room for a part of one frame, in the place of the oldest; and how often the frame comes in front of itself."""
+        taps = self.conv.taps
+        if self._oldest is None or self._room is None:
+            self._room, self._oldest = part.new_empty(len(part), taps, *sizes, part.shape[1]), 0
+            return Window(self._room, taps=1, shift=taps - 1, stride=1), taps - 1
+        at, self._oldest = self._oldest, (self._oldest + 1) % taps
+        return Window(self._room, taps=1, shift=at, stride=1), 0
+
+    def _weight(self, oldest: int) -> Tensor:
+        """The weight for a ring whose oldest frame is there."""
+        if oldest not in self._turned:
+            weight = self.conv.weight.roll(oldest, 2) if oldest else self.conv.weight
+            self._turned[oldest] = weight.contiguous(memory_format=torch.channels_last_3d)
+        return self._turned[oldest]
+
+    def _behind_held(self, part: Tensor, sizes: Sequence[int]) -> tuple[Window, int]:
+        """Room for a part behind the frames that are held, which are in it; and how often its first frame comes in front
+        of itself, where there are none."""
         conv, held = self.conv, self._held
         batch, channels, frames = part.shape[:3]
         lead = conv.taps - 1 if held is None else 0
         shift = lead if held is None else held.shape[1]
-        borders = self.reading.borders(conv.border)
-        sizes = (size + 2 * border for size, border in zip(part.shape[3:], borders, strict=True))
         shape = (batch, shift + frames - conv.slots + 1, *sizes, conv.slots * channels)
         room = self._room
         if room is None or batch > 1 or room.shape[1] < shape[1]:
@@ -381,17 +449,10 @@ class _Passing:
         elif held is not None and (conv.slots > 1 or 2 * shift > self._last):
             held = held.clone()
         self._held, self._last = None, shape[1]
-        data = room[:, : shape[1]]
-        window = Window(data, taps=conv.slots, shift=shift, stride=1)
+        window = Window(room[:, : shape[1]], taps=conv.slots, shift=shift, stride=1)
         if held is not None:
             window.remember(held)
-        if self._affine is None:
-            self._affine = self.reading.affine()
-        from fastvideo_vae_core.ops.kernels.clip import fill
-
-        rows = rows_of(part.contiguous(memory_format=torch.channels_last_3d))
-        fill(window, rows, self._affine, lead=lead, borders=borders)
-        return window
+        return window, lead
 
 
 _FUSED = (torch.float16, torch.bfloat16)

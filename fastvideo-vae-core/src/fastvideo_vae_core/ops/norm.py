@@ -27,13 +27,14 @@ class Moments:
     _affines: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, x: Tensor, groups: int) -> Moments:
-        """Moments of x (B, C, ...) in `groups` groups of neighbouring channels."""
+    def of(cls, x: Tensor, groups: int, bias: Tensor | None = None) -> Moments:
+        """Moments of x (B, C, ...), with a bias (C) added to it, in `groups` groups of neighbouring channels."""
         if _on_gpu(x) and not x.requires_grad:
             # Imported here, and below, because Triton takes a second to import and only GPUs need it.
             from fastvideo_vae_core.ops.kernels.group_norm import moments
 
-            return moments(x.contiguous(memory_format=_CHANNELS_LAST[x.ndim]), groups)
+            return moments(x.contiguous(memory_format=_CHANNELS_LAST[x.ndim]), groups, bias)
+        x = x if bias is None else x + bias.view(-1, *[1] * (x.ndim - 2))
         grouped = x.reshape(x.shape[0], groups, -1)
         wide = grouped.to(torch.promote_types(x.dtype, torch.float32))
         # Around the tile's own mean, never as a difference of large squares; what float32 rounds off that mean is put
@@ -115,6 +116,11 @@ def fuses(x: Tensor, norm: nn.GroupNorm, act: Callable[[Tensor], Tensor]) -> boo
     return act is F.silu and _fuses(x, norm)
 
 
+def defers(weight: Tensor, act: Callable[[Tensor], Tensor]) -> bool:
+    """Whether convolutions of that type leave their biases to the norm that reads next, on the device of the weight."""
+    return act is F.silu and device_of(weight).type == "cuda" and _TRITON and weight.dtype in _SIXTEEN_BITS
+
+
 def plus(x: Tensor, bias: Tensor, other: Tensor) -> Tensor:
     """x + bias + other for grids that `fuses` is true of, in the place of x if its channels are innermost."""
     from fastvideo_vae_core.ops.kernels.rms_norm import add_
@@ -126,7 +132,7 @@ def plus(x: Tensor, bias: Tensor, other: Tensor) -> Tensor:
 
 def formulation(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """For people: how convolutions and norms are computed on that device in that type."""
-    if device.type == "cuda" and _TRITON and dtype in (torch.float16, torch.bfloat16):
+    if device.type == "cuda" and _TRITON and dtype in _SIXTEEN_BITS:
         return ("channels-last, group norm and SiLU in two kernels",)
     return ()
 
@@ -153,5 +159,6 @@ def _fused(x: Tensor, norm: nn.GroupNorm, moments: Moments | None, silu: bool, b
     return kernels.apply_affine(x, *moments.affine(norm, torch.float32, bias), silu)
 
 
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _TRITON = importlib.util.find_spec("triton") is not None

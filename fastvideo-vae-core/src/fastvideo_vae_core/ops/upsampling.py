@@ -60,14 +60,39 @@ def spread(rows: Tensor, repeats: Sequence[int], bias: Tensor | None, causal: bo
 
     Returns rows (B, ..., O).
     """
-    sides = rows.unflatten(-1, (*repeats, -1))
     # How much later the second of a pair begins.
     shifts = [0 if causal and axis == 0 else times - 1 for axis, times in enumerate(repeats)]
     sizes = [size - shift for size, shift in zip(rows.shape[1:-1], shifts, strict=True)]
     grown = [size * times for size, times in zip(sizes, repeats, strict=True)]
-    made = rows.new_empty(rows.shape[0], *grown, sides.shape[-1])
+    made = rows.new_empty(rows.shape[0], *grown, rows.shape[-1] // math.prod(repeats))
+    _spread_into(made, rows, repeats, shifts, bias)
+    return made
+
+
+def upsampled_frame(window: Tensor, weight: Tensor, repeats: Sequence[int], bias: Tensor | None) -> Tensor:
+    """What the last frame of a window (B, C, K, H, W) becomes: `spread` of its `folded` causal convolution, one frame
+    after the other, which takes half the memory beside the result. (B, O, T, 2H, 2W) in rows of channels."""
+    time, *space = repeats
+    shifts = [each - 1 for each in space]
+    made: Tensor | None = None
+    for index, part in enumerate(weight.chunk(time)):
+        rows = F.conv3d(window, part).movedim(1, -1)
+        if made is None:
+            grown = [(size - by) * each for size, by, each in zip(rows.shape[2:4], shifts, space, strict=True)]
+            made = rows.new_empty(len(rows), time, *grown, rows.shape[-1] // math.prod(space))
+        _spread_into(made[:, index], rows[:, 0], space, shifts, bias)
+        del rows
+    assert made is not None
+    return made.movedim(-1, 1)
+
+
+def _spread_into(
+    made: Tensor, rows: Tensor, repeats: Sequence[int], shifts: Sequence[int], bias: Tensor | None
+) -> None:
+    sizes = [size - shift for size, shift in zip(rows.shape[1:-1], shifts, strict=True)]
+    sides = rows.unflatten(-1, (*repeats, -1))
     if spread_rows(made, rows, repeats, shifts, bias):
-        return made
+        return
     *outer, inner = repeats
     for phases in itertools.product(*map(range, outer)):
         side, into = sides, made
@@ -80,7 +105,6 @@ def spread(rows: Tensor, repeats: Sequence[int], bias: Tensor | None, causal: bo
         shape = (*side.shape[:-3], sizes[-1], inner, side.shape[-1])
         side = side.as_strided(shape, (*strides, across, along + shifts[-1] * across, within), side.storage_offset())
         _write(into.unflatten(-2, (-1, inner)), side, bias)
-    return made
 
 
 def _write(into: Tensor, rows: Tensor, bias: Tensor | None) -> None:

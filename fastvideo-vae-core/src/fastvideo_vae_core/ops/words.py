@@ -44,7 +44,7 @@ def write_rows(into: Tensor, source: Sum) -> bool:
 
 def spread_rows(into: Tensor, rows: Tensor, repeats: Sequence[int], shifts: Sequence[int], bias: Tensor | None) -> bool:
     """What `ops.upsampling.spread` does, in one pass, if a kernel takes it: where `write_rows` would."""
-    if not _fuses(into, rows, bias) or len(repeats) > 3 or not rows.is_contiguous():
+    if not _fuses(into, rows, bias) or len(repeats) > 3 or not (into.is_contiguous() and rows.is_contiguous()):
         return False
     from fastvideo_vae_core.ops.kernels import rows as kernels
 

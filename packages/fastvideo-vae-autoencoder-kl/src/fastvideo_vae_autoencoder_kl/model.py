@@ -22,7 +22,7 @@ from fastvideo_vae_core.latents import scale_latents, unscale_latents
 from fastvideo_vae_core.ops.attention import GridAttention
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
-from fastvideo_vae_core.ops.norm import Moments, formulation, fuses, group_norm_act, plus
+from fastvideo_vae_core.ops.norm import Moments, defers, formulation, fuses, group_norm_act, plus
 from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.ops.upsampling import upsampled2d
 from fastvideo_vae_core.plan import Direction
@@ -275,6 +275,7 @@ class ResnetBlock(nn.Module):
             axes=_CONV,
             writes="residual",
             norm=self.norm1,
+            pending=self._pending(),
             trims=True,
         )
         yield Step(
@@ -293,16 +294,20 @@ class ResnetBlock(nn.Module):
         # The convolution's result is new, so the sum needs no further buffer.
         return self.conv2(group_norm_act(residual, self.norm2, self.act, moments)).add_(self.conv_shortcut(x))
 
-    def _first_step(self, x: Tensor, moments: Moments | None, inner: Inner) -> Tensor | Sum:
-        if not fuses(x, self.norm1, self.act):
+    def _pending(self) -> Tensor | None:
+        """The bias between the two steps, if the second one adds it."""
+        return self.conv1.bias if defers(self.conv1.weight, self.act) else None
+
+    def _first_step(self, x: Tensor, moments: Moments | None, inner: Inner) -> Tensor:
+        if self._pending() is None:
             return self._first(x, moments)
-        made = _unbiased(group_norm_act(x, self.norm1, self.act, moments), self.conv1, inner)
-        return Sum(made, bias=self.conv1.bias)
+        return _unbiased(group_norm_act(x, self.norm1, self.act, moments), self.conv1, inner)
 
     def _second_step(self, residual: Tensor, x: Tensor, moments: Moments | None, inner: Inner) -> Tensor | Sum:
-        if not fuses(residual, self.norm2, self.act):
+        if self._pending() is None:
             return self._second(residual, x, moments)
-        made = _unbiased(group_norm_act(residual, self.norm2, self.act, moments), self.conv2, inner)
+        normed = group_norm_act(residual, self.norm2, self.act, moments, self.conv1.bias)
+        made = _unbiased(normed, self.conv2, inner)
         shortcut, bias = self._unbiased_shortcut(x)
         rows, columns = (slice(1, -1) if each else slice(None) for each in inner)
         return Sum(made, shortcut[:, :, rows, columns], bias)

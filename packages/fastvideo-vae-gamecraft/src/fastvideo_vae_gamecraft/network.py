@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastvideo_vae_core.ops.attention import FrameCausalAttention, GridAttention
 from fastvideo_vae_core.ops.causal import rows_of
-from fastvideo_vae_core.ops.clip import CausalConv, Clip, Pointwise, Reading, Run, convolved, upsampled
+from fastvideo_vae_core.ops.clip import CausalConv, Clip, Memory, Pointwise, Reading, Run, convolved, upsampled
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.norm import Moments
 from fastvideo_vae_core.ops.sums import Sum
@@ -25,6 +26,8 @@ from fastvideo_vae_gamecraft.config import HunyuanVideoArchConfig
 Repeats = tuple[int, int, int]
 # Whether rows, and columns, of a crop go on beyond what is wanted; see `Reading`.
 Inner = tuple[bool, bool]
+# That frames, rows and columns do not.
+_BORDERED = (False, False, False)
 
 
 class Encoder(nn.Module):
@@ -163,19 +166,22 @@ class ResnetBlock(nn.Module):
     def steps(self, name: str, run: Run) -> Iterator[Step]:
         yield Step(
             name=f"{name}.conv1",
-            run=lambda grids, moments, inner=_BORDERED: self._first_step(grids[0], run, moments, inner[1:]),
+            run=partial(self._first_step, run),
             axes=_CONV,
             writes="residual",
             norm=self.norm1,
+            pending=self._pending(run),
             trims=True,
+            passes=True,
         )
         yield Step(
             name=f"{name}.conv2",
-            run=lambda grids, moments, inner=_BORDERED: self._second_step(grids[0], grids[1], run, moments, inner[1:]),
+            run=partial(self._second_step, run),
             axes=_CONV,
             reads=("residual", "x"),
             norm=self.norm2,
             trims=True,
+            passes=True,
         )
 
     def _first(
@@ -183,44 +189,69 @@ class ResnetBlock(nn.Module):
         x: Clip,
         run: Run,
         moments: Moments | None,
-        skip: list[Tensor] | None = None,
-        inner: Inner = (False, False),
+        skip: list[Tensor],
     ) -> Clip:
         fuses = _fuses(x, self.norm1, self.conv1, run)
         pieces = convolved(
             x,
             self.conv1,
             run,
-            Reading(self.norm1, moments, x.bias, inner=inner),
+            Reading(self.norm1, moments, x.bias),
             bias=not fuses,
-            passed=None if skip is None else lambda part: skip.append(self.conv_shortcut(part)),
+            passed=lambda part: skip.append(self.conv_shortcut(part)),
         )
         return Clip(list(pieces), bias=self.conv1.conv.bias if fuses else None)
 
     def _second(
-        self, residual: Clip, skip: list[Tensor], run: Run, moments: Moments | None, inner: Inner = (False, False)
+        self,
+        residual: Clip,
+        skip: list[Tensor],
+        run: Run,
+        moments: Moments | None,
+        inner: Inner = (False, False),
+        memory: Memory | None = None,
     ) -> Clip:
         fuses = _fuses(residual, self.norm2, self.conv2, run)
         bias = self.conv2.conv.bias if fuses else None
         made = []
         reading = Reading(self.norm2, moments, residual.bias, inner=inner)
-        for piece in convolved(residual, self.conv2, run, reading, bias=not fuses):
+        for piece in convolved(residual, self.conv2, run, reading, bias=not fuses, memory=memory):
             made.append(_plus(piece, bias, _next(skip, piece.shape[2])))
         return Clip(made)
 
-    def _first_step(self, x: Tensor, run: Run, moments: Moments | None, inner: Inner) -> Tensor | Sum:
-        clip, moments = _known(x, self.norm1, run, moments)
-        return self._first(clip, run, moments, inner=inner).pending()
+    def _pending(self, run: Run) -> Tensor | None:
+        """The bias between the two steps, if the second one adds it."""
+        return self.conv1.conv.bias if run.defers(self.conv1.conv.weight) else None
+
+    def _first_step(
+        self,
+        run: Run,
+        grids: list[Tensor],
+        moments: Moments | None,
+        inner: Sequence[bool] = _BORDERED,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        clip, moments = _known(grids.pop(), self.norm1, run, moments)
+        reading = Reading(self.norm1, moments, inner=_beyond(inner))
+        bias = self._pending(run) is None
+        return Clip(list(convolved(clip, self.conv1, run, reading, bias=bias, memory=memory))).joined()
 
     def _second_step(
-        self, residual: Tensor, x: Tensor, run: Run, moments: Moments | None, inner: Inner
+        self,
+        run: Run,
+        grids: list[Tensor],
+        moments: Moments | None,
+        inner: Sequence[bool] = _BORDERED,
+        memory: Memory | None = None,
     ) -> Tensor | Sum:
-        clip, moments = _known(residual, self.norm2, run, moments)
-        rows, columns = (slice(1, -1) if each else slice(None) for each in inner)
-        skip = self.conv_shortcut(x)[:, :, :, rows, columns]
-        if not _fuses(clip, self.norm2, self.conv2, run):
-            return self._second(clip, [skip], run, moments, inner).joined()
-        pieces = list(convolved(clip, self.conv2, run, Reading(self.norm2, moments, inner=inner), bias=False))
+        rows, columns = (slice(1, -1) if each else slice(None) for each in _beyond(inner))
+        # The input goes as soon as its shortcut is there.
+        skip = self.conv_shortcut(grids.pop())[:, :, :, rows, columns]
+        clip, moments = _known(grids.pop(), self.norm2, run, moments, self._pending(run))
+        if memory is not None or not _fuses(clip, self.norm2, self.conv2, run):
+            return self._second(clip, [skip], run, moments, _beyond(inner), memory).joined()
+        reading = Reading(self.norm2, moments, clip.bias, inner=_beyond(inner))
+        pieces = list(convolved(clip, self.conv2, run, reading, bias=False))
         return Sum(Clip(pieces).joined(), skip, self.conv2.conv.bias)
 
 
@@ -231,8 +262,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = CausalConv(width, width, stride=stride)
 
-    def forward(self, x: Clip, run: Run) -> Clip:
-        pieces = list(convolved(x, self.conv, run))
+    def forward(self, x: Clip, run: Run, memory: Memory | None = None) -> Clip:
+        pieces = list(convolved(x, self.conv, run, memory=memory))
         # What comes out of a piece is a fraction of it; the layers behind work best on whole pieces.
         if run.numbers is None or len(pieces) == 1:
             return Clip(pieces)
@@ -252,7 +283,12 @@ class Downsample(nn.Module):
             Axis(down=2, lead=1, before=1) if time == 2 else _TIME,
             *(Axis(down=2, lead=1, after=1) if each == 2 else _SPACE for each in space),
         )
-        return Step(name=f"{name}.downsample", run=lambda grids, _: self(Clip([grids[0]]), run).joined(), axes=axes)
+        return Step(
+            name=f"{name}.downsample",
+            run=lambda grids, _, memory=None: self(Clip([grids[0]]), run, memory).joined(),
+            axes=axes,
+            passes=True,
+        )
 
 
 class Upsample(nn.Module):
@@ -263,8 +299,8 @@ class Upsample(nn.Module):
         self.conv = CausalConv(width, width)
         self.repeats = repeats
 
-    def forward(self, x: Clip, run: Run, inner: Inner = (False, False)) -> Clip:
-        return Clip(list(upsampled(x, self.conv, run, self.repeats, inner)))
+    def forward(self, x: Clip, run: Run, inner: Inner = (False, False), memory: Memory | None = None) -> Clip:
+        return Clip(list(upsampled(x, self.conv, run, self.repeats, inner, memory)))
 
     def step(self, name: str, run: Run) -> Step:
         time, *space = self.repeats
@@ -274,9 +310,12 @@ class Upsample(nn.Module):
         )
         return Step(
             name=f"{name}.upsample",
-            run=lambda grids, _, inner=_BORDERED: self(Clip([grids[0]]), run, inner[1:]).joined(),
+            run=lambda grids, _, inner=_BORDERED, memory=None: self(
+                Clip([grids.pop()]), run, _beyond(inner), memory
+            ).joined(),
             axes=axes,
             trims=True,
+            passes=True,
         )
 
 
@@ -287,31 +326,40 @@ def norm_conv(
     run: Run,
     moments: Moments | None = None,
     inner: Inner = (False, False),
+    memory: Memory | None = None,
 ) -> Clip:
     """conv(silu(norm(x)))."""
     moments = x.moments(norm, run) if moments is None else moments
-    return Clip(list(convolved(x, conv, run, Reading(norm, moments, x.bias, inner=inner))))
+    reading = Reading(norm, moments, x.bias, inner=inner)
+    return Clip(list(convolved(x, conv, run, reading, memory=memory)))
 
 
 _TIME = Axis(before=2)
 _SPACE = Axis(before=1, after=1)
 _CONV = (_TIME, _SPACE, _SPACE)
-_BORDERED = (False, False, False)
 
 
 def _conv_step(name: str, conv: CausalConv, run: Run) -> Step:
-    return Step(name=name, run=lambda grids, _: Clip(list(convolved(Clip([grids[0]]), conv, run))).joined(), axes=_CONV)
+    return Step(
+        name=name,
+        run=lambda grids, _, memory=None: Clip(
+            list(convolved(Clip([grids[0]]), conv, run, memory=memory))
+        ).joined(),
+        axes=_CONV,
+        passes=True,
+    )
 
 
 def _norm_conv_step(name: str, norm: nn.GroupNorm, conv: CausalConv, run: Run) -> Step:
     return Step(
         name=name,
-        run=lambda grids, moments, inner=_BORDERED: norm_conv(
-            Clip([grids[0]]), norm, conv, run, moments, inner[1:]
+        run=lambda grids, moments, inner=_BORDERED, memory=None: norm_conv(
+            Clip([grids.pop()]), norm, conv, run, moments, _beyond(inner), memory
         ).joined(),
         axes=_CONV,
         norm=norm,
         trims=True,
+        passes=True,
     )
 
 
@@ -320,9 +368,17 @@ def pointwise_step(name: str, layer: nn.Module) -> Step:
     return Step(name=name, run=lambda grids, _: layer(grids[0]), axes=(POINTWISE,) * 3)
 
 
-def _known(grid: Tensor, norm: nn.GroupNorm, run: Run, moments: Moments | None) -> tuple[Clip, Moments | None]:
+def _beyond(inner: Sequence[bool]) -> Inner:
+    """Of rows and columns."""
+    _, rows, columns = inner
+    return rows, columns
+
+
+def _known(
+    grid: Tensor, norm: nn.GroupNorm, run: Run, moments: Moments | None, bias: Tensor | None = None
+) -> tuple[Clip, Moments | None]:
     """A crop as a clip, with the moments of the whole grid, or its own where none are given."""
-    clip = Clip([grid])
+    clip = Clip([grid], bias)
     return clip, clip.moments(norm, run) if moments is None else moments
 
 
