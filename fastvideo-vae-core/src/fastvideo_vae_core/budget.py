@@ -134,12 +134,11 @@ class _Search:
         large = [index for index, each in enumerate(self.steps[:-1]) if each.made > _SMALL * self.budget]
         places = tuple[Place, ...]("slabs" if index in large else "device" for index in range(len(self.steps)))
         all_ = tuple(float(place == "slabs") for place in places)
-        tiles = self._tiles(tile)
-        plan = replace(self.smallest, mode="tiled", tile=tile, tiles=tiles, places=places)
+        plan = replace(self.smallest, mode="tiled", tile=tile, places=places)
         if self._first([replace(plan, host_shares=all_)]) is None:
             return None
         seen = plan.forecast
-        model = Model(self.steps, tiles)
+        model = Model(self.steps, (tile,) * len(self.steps))
         room = [self.budget - (seen.peak - max(each.peak for each in seen.steps))] * len(places)
         # What a step takes beside the grids, which the model knows.
         beside = [each.peak - sum(live) for each, live in zip(seen.steps, model.live(places), strict=True)]
@@ -154,18 +153,10 @@ class _Search:
             taken = zip(beside, tried.forecast.steps, model.live(*found), strict=True)
             beside = [max(each.peak - sum(live), 0 if fits else known) for known, each, live in taken]
             if fits:
-                if fitting is not None and self.slowness(tried) >= self.slowness(fitting):
+                if fitting is not None and (tried == fitting or self.slowness(tried) > self.slowness(fitting)):
                     break
                 fitting = tried
         return fitting or self._first([replace(plan, host_shares=all_)])
-
-    def _tiles(self, tile: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """A tile for each step; where they follow one another, made from whole elements of a grid that is computed
-        anew."""
-        if not self._along_frames(tile):
-            return (tile,) * len(self.steps)
-        ups = [max((self.steps[read].step.axes[0].up for read in each.reads if read >= 0), default=1) for each in self.steps]
-        return tuple((tile[0] * up, *tile[1:]) for up in ups)
 
     @property
     def _extent(self) -> tuple[int, ...]:
@@ -180,7 +171,7 @@ class _Search:
         """The same with two, four or more slabs as one in the steps that have memory for it, such as those of coarse
         grids: each slab's halo is put together once more, and asked for."""
         assert plan.tile is not None
-        model, seen = Model(self.steps, plan.tiles), plan.forecast
+        model, seen = Model(self.steps, (plan.tile,) * len(self.steps)), plan.forecast
         room = self.budget - (seen.peak - max(each.peak for each in seen.steps))
         frames = self._along_frames(plan.tile)
         times = []
@@ -191,12 +182,13 @@ class _Search:
                 # Nothing is computed twice, and a slab need not be put together where it is a tile.
                 near = model.behind([index, *each.reads], plan.places)
                 hosted = any(plan.host_shares[grid] for grid in near)
-                most = 1 if hosted else min(most, math.ceil(_EASE * model.asked(index) * _MULTIPLICATIONS / (each.work + 1)))
+                ease = _EASE * model.asked(index) * _MULTIPLICATIONS / (each.work + 1)
+                most = 1 if hosted else max(min(most, int(ease)), 1)
             times.append(1 << (most.bit_length() - 1))
         cut = 0 if frames else len(plan.tile) - 2
         while max(times) > 1:
-            lengths = [min(tile[cut] * by, self._extent[cut]) for tile, by in zip(plan.tiles, times, strict=True)]
-            tiles = [(*tile[:cut], length, *tile[cut + 1 :]) for tile, length in zip(plan.tiles, lengths, strict=True)]
+            lengths = [min(plan.tile[cut] * by, self._extent[cut]) for by in times]
+            tiles = ((*plan.tile[:cut], length, *plan.tile[cut + 1 :]) for length in lengths)
             grown = replace(plan, tiles=tuple(tiles))
             if self._first([grown]) is not None:
                 return grown

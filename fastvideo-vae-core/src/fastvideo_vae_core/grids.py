@@ -12,7 +12,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -107,6 +107,9 @@ class Anew(Grid):
     reads: tuple[Grid, ...]
     moments: Moments | None
 
+
+# What is made and not wanted yet, and its like for rehearsals, beside what a step itself remembers.
+_WAITING, _LIKE = "waiting", "like"
 
 # What the steps of a pass keep of the tiles behind them, by the grid that they make anew; None: the one that is wanted.
 Memories = dict[Grid | None, dict[Any, Any]]
@@ -378,10 +381,9 @@ class Making:
 
         grid: the one that the region is a part of, if it is made anew.
         """
-        more = (self.inner,) if any(self.inner) else ()
-        if self.memories is not None and self.step.passes:
-            return self.step.run(crops, self.moments, memory=self.memories.setdefault(grid, {}))
-        made = self.step.run(crops, self.moments, *more)
+        if self.memories is not None:
+            return self._onward(crops, self.memories.setdefault(grid, {}))
+        made = self.step.run(crops, self.moments, *((self.inner,) if any(self.inner) else ()))
         sizes = (made if isinstance(made, Tensor) else made.x).shape[2:]
         keep = []
         for axis, size, (start, stop), (first, _) in zip(self.step.axes, sizes, self.region, self.crop, strict=True):
@@ -391,6 +393,23 @@ class Making:
         if isinstance(made, Tensor):
             return made[inside]
         return Sum(made.x[inside], None if made.branch is None else made.branch[inside], made.bias)
+
+    def _onward(self, crops: list[Tensor], memory: dict[Any, Any]) -> Tensor | Sum:
+        """The region, behind those before it. Elements that become several are not cut: what is beyond the region waits
+        for the next one."""
+        (start, stop), (first, last) = self.region[0], self.crop[0]
+        known = {"memory": memory} if self.step.passes else {}
+        if self.step.axes[0].up == 1:
+            return self.step.run(crops, self.moments, **known)
+        # By where it begins, because a rehearsal leaves out tiles.
+        parts = [each for begin, each in memory.pop(_WAITING, ()) if begin == start]
+        if first < last:
+            parts.append(dense(self.step.run(crops, self.moments, **known)))
+        made = torch.cat(parts, 2) if len(parts) > 1 else parts[0] if parts else memory[_LIKE]()
+        memory[_LIKE] = partial(torch.empty, made.shape, dtype=made.dtype, device="meta", memory_format=layout_of(made))
+        if made.shape[2] > stop - start:
+            memory[_WAITING] = [(stop, made[:, :, stop - start :])]
+        return made[:, :, : stop - start]
 
     @cached_property
     def needs(self) -> tuple[list[tuple[Grid, Making]], dict[Grid, Region]]:
@@ -475,7 +494,11 @@ def prepare(making: Making, courier: Courier) -> Callable[[], Tensor | Sum]:
     """Begin to bring what a region is made from; the result makes it, and is called once."""
     before, wanted = making.needs
     makings: list[tuple[Grid | None, Making]] = [(None, making), *before]
-    near = {grid: courier.bring(grid, region) for grid, region in wanted.items() if isinstance(grid, Slabs)}
+    near = {
+        grid: courier.bring(grid, region)
+        for grid, region in wanted.items()
+        if isinstance(grid, Slabs) and not _is_empty(region)
+    }
 
     def make() -> Tensor | Sum:
         users = Counter(grid for _, each in makings for grid in set(each.reads))
@@ -484,11 +507,13 @@ def prepare(making: Making, courier: Courier) -> Callable[[], Tensor | Sum]:
         while True:
             grid, inner = makings.pop()
             crop = inner.crop
-            crops = [_near(each, here, wanted, crop) for each in inner.reads]
+            crops = [] if _is_empty(crop) else [_near(each, here, wanted, crop) for each in inner.reads]
             for each in set(inner.reads):
                 users[each] -= 1
                 if not users[each]:
                     here.pop(each, None)
+            if _is_empty(inner.region):
+                continue
             made = inner.run(crops, grid)
             del crops
             if grid is None:
@@ -582,6 +607,12 @@ def _near(grid: Grid, here: Mapping[Grid, Tensor], wanted: dict[Grid, Region], c
         return _part(here[grid], crop, [start for start, _ in wanted[grid]])
     assert isinstance(grid, Held)
     return _part(grid.data, crop, grid.begin)
+
+
+def _is_empty(region: Region) -> bool:
+    """Whether tiles that follow one another need nothing new."""
+    start, stop = region[0]
+    return start >= stop
 
 
 def _part_of(slab: Slab, axis: int, region: Sequence[Span]) -> Tensor:

@@ -83,15 +83,15 @@ class Axis:
 
     def continues(self, start: int, stop: int, size: int) -> tuple[int, int] | None:
         """The input elements [first, last) of `size` that the output elements [start, stop) take beyond those that
-        everything before them is made from; None where these are not whole ones."""
+        everything before them is made from; none where all of them stand for elements that are known. None where what
+        is behind does not tell."""
         if self.whole or self.after:
             return None
-        if self.up == 1:
-            return max(start * self.down - self.lead, 0), min(stop * self.down - self.lead, size)
-        ends = self.output_size(size)
-        if any((edge + self.lead) % self.up for edge in (start, stop) if 0 < edge < ends):
-            return None
-        return (start + self.lead if start else 0) // self.up, -(-(stop + self.lead) // self.up)
+        if self.up > 1:
+            first, last = (-(-(edge + self.lead) // self.up) if edge else 0 for edge in (start, stop))
+        else:
+            first, last = max(start * self.down - self.lead, 0), stop * self.down - self.lead
+        return min(first, size), min(last, size)
 
     def finished(self, size: int) -> int:
         """How many output elements are made from the first `size` input elements, whatever comes behind them."""

@@ -258,7 +258,10 @@ def convolved(
         if memory is not None:
             memory[conv.conv] = window
     while x.pieces:
-        parts = deque(x.pieces[0].split(conv.frames(x.pieces[0], window.reading.repeats, run), 2))
+        frames = conv.frames(x.pieces[0], window.reading.repeats, run)
+        if memory is not None and frames <= _FEW:
+            frames = 1
+        parts = deque(x.pieces[0].split(frames, 2))
         del x.pieces[0]
         while parts:
             part = parts.popleft()
@@ -455,5 +458,8 @@ class _Passing:
         return window, lead
 
 
+# Frames that are so large that no more than these are convolved at a time come one by one where parts follow each other,
+# as in a ring nothing has to be moved.
+_FEW = 4
 _FUSED = (torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
