@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench_tools import Options, attempt, busiest, cudnn_benchmark, error, measure, run_parts, timed
+from bench_tools import Options, attempt, busiest, by_prefixes, cudnn_benchmark, error, measure, run_parts, timed
 from fastvideo_vae_autoencoder_kl import SDXL, AutoencoderKL
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.graphs import Captured
@@ -111,14 +111,7 @@ def attention(options: Options) -> None:
             products(q, k, v)
     frames, frame, channels = (2, 64, 320) if options.small else (9, 88 * 152, 512)
     q, k, v = torch.randn(3, 1, 1, frames * frame, channels, device=options.device, dtype=BF16)
-
-    def fused() -> Tensor:
-        ends = range(frame, frames * frame + 1, frame)
-        parts = zip(q.split(frame, dim=-2), ends, strict=True)
-        return torch.cat(
-            [F.scaled_dot_product_attention(part, k[..., :end, :], v[..., :end, :]) for part, end in parts], -2
-        )
-
+    fused = partial(by_prefixes, F.scaled_dot_product_attention, q, k, v, frame)
     ways = {"fused, PyTorch's choice": fused, "shipped": lambda: prefix_attention(q, k, v, frame)}
     compare("GameCraft's prefixes", ways, q, k, v, share=(frames + 1) / (2 * frames))
 

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench_tools import Options, busiest, error, measure, run_parts, timed
+from bench_tools import Options, busiest, by_prefixes, error, measure, run_parts, timed
 from fastvideo_vae_core.config import VAEConfig
-from fastvideo_vae_core.ops.attention import prefix_attention
+from fastvideo_vae_core.ops.attention import in_blocks, prefix_attention
 from fastvideo_vae_core.ops.clip import CausalConv, Clip, Reading, Run, convolved, upsampled
 from fastvideo_vae_gamecraft.config import GAMECRAFT
 from fastvideo_vae_gamecraft.model import AutoencoderKLHunyuanVideo
@@ -74,30 +74,18 @@ def profile(options: Options) -> None:
 
 
 def attention(options: Options) -> None:
-    """Nine frames of 88 x 152: what is shipped for each prefix, or products in blocks of queries."""
+    """Nine frames of 88 x 152: what is shipped for each prefix, or the same products in blocks of other sizes."""
     frames, frame, width = (2, 6, 16) if options.small else (9, 88 * 152, 512)
     q, k, v = (torch.randn(1, 1, frames * frame, width, device=options.device, dtype=BF16) for _ in range(3))
     ways: dict[str, Callable[[], Tensor]] = {"shipped": lambda: prefix_attention(q, k, v, frame)}
-    for rows in (512, 2048):
-        ways[f"blocks of {rows}"] = lambda: in_blocks(q, k, v, frame, rows)
+    for size in (32, 64, 256):
+        ways[f"blocks of {size} MiB"] = partial(by_prefixes, partial(in_blocks, scores=size << 20), q, k, v, frame)
     exact = prefix_attention(q[..., : 2 * frame, :].float(), k.float(), v.float(), frame)
     operations = 2 * frame**2 * frames * (frames + 1) * width
     for name, way in ways.items():
         ms = timed(way, least=2)
         print(f"{name:20} {ms:9.1f} ms {operations / ms / 1e9:6.0f} TFLOP/s", end="  ")
         print(f"distance to float32 {error(way()[..., : 2 * frame, :], exact):.1e}")
-
-
-def in_blocks(q: Tensor, k: Tensor, v: Tensor, frame: int, rows: int) -> Tensor:
-    """Attention to prefixes as plain products; the scores of some rows are there at a time, in 16 bits."""
-    made = torch.empty_like(q)
-    for start in range(0, q.shape[-2], frame):
-        keys, values = k[..., : start + frame, :], v[..., : start + frame, :]
-        for row in range(start, start + frame, rows):
-            stop = min(row + rows, start + frame)
-            scores = (q[..., row:stop, :] * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
-            made[..., row:stop, :] = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values
-    return made
 
 
 def convolutions(options: Options) -> None:

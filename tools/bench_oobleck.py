@@ -1,38 +1,36 @@
 """Which formulation of each layer of Oobleck is fastest on this GPU, and what the whole network makes of it.
 
-    python tools/bench_oobleck.py [--seconds 0.1] [--sections network,convolutions,pointwise,resampling,ends,snakes]
-
-Every line stands alone: one that fails says why, and the others go on. Times are medians between CUDA events of calls
-behind warm-up, in float16 unless said otherwise. TFLOP/s are of useful work, TB/s of the fewest bytes that must move.
-With --rehearse it runs tiny and on the CPU, to see that it runs; its numbers mean nothing then.
+Run from the repository's root; with `--small --device cpu` it rehearses. Every line stands alone: one that fails says
+why, and the others go on. Times are medians between CUDA events of calls behind warm-up, in float16 unless said
+otherwise. TFLOP/s are of useful work, TB/s of the fewest bytes that must move.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench_tools import Call, Options, busiest, cudnn_benchmark, error, run_parts
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.graphs import Captured
 from fastvideo_vae_core.ops.conv1d import conv1d, upsample1d
 from fastvideo_vae_core.ops.kernels import snake as kernels
 from fastvideo_vae_core.ops.snake import Snake, snake, snake_pointwise
 from fastvideo_vae_core.ops.sums import Sum
+from fastvideo_vae_core.testing.bench import Bench as Meter
 from fastvideo_vae_core.tiling import spans
 from fastvideo_vae_oobleck import STABLE_AUDIO_OPEN, AutoencoderOobleck, OobleckArchConfig, weight_norm_state_dict
 from fastvideo_vae_oobleck import model as oobleck
@@ -47,17 +45,22 @@ UPSAMPLINGS = (
     (128, 128, 2, 1_048_576),
 )
 
-Run = Callable[[], object]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Bench:
     """Where it runs: the device, the type, seconds of measuring a variant, and a divisor of lengths and widths."""
 
-    device: str = "cuda"
-    dtype: torch.dtype = torch.float16
+    device: str
+    dtype: torch.dtype
     seconds: float = 0.1
     shrink: int = 1
+
+    @classmethod
+    def of(cls, options: Options) -> Bench:
+        dtype = torch.float16 if options.device == "cuda" else torch.float32
+        return cls(options.device, dtype, shrink=1 << 12 if options.small else 1)
 
     @property
     def arch(self) -> OobleckArchConfig:
@@ -68,9 +71,18 @@ class Bench:
     def samples(self, count: int) -> int:
         return max(count // self.shrink, 64)
 
+    def width(self, channels: int) -> int:
+        return channels // min(self.shrink, 16)
+
+    def placed(self, layer: Layer) -> Layer:
+        return layer.to(self.device, self.dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
     def grids(self, width: int, samples: int) -> tuple[Tensor, Tensor]:
         """A plain and a channels-last grid (1, width, samples)."""
-        plain = torch.randn(1, width, samples, device=self.device, dtype=self.dtype)
+        plain = self.normal(1, width, samples)
         return plain, last_of(plain)
 
     def synchronize(self) -> None:
@@ -78,8 +90,11 @@ class Bench:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def ms(self, run: Run, seconds: float | None = None) -> float:
-        """Median milliseconds of a call, or NaN where it fails."""
+    def ms(self, run: Call, seconds: float | None = None) -> float:
+        """Median milliseconds of a call, or NaN where it fails.
+
+        Calls follow each other without a wait between, so that short kernels are not measured with their launches.
+        """
         try:
             for _ in range(2):
                 run()
@@ -105,29 +120,14 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of measuring a variant of a layer")
-    parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--rehearse", action="store_true")
-    arguments = parser.parse_args()
-    bench = Bench(seconds=arguments.seconds)
-    if arguments.rehearse:
-        bench = Bench("cpu", torch.float32, arguments.seconds, 1 << 12)
     warnings.simplefilter("ignore")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    where = torch.cuda.get_device_name() if bench.device == "cuda" else "REHEARSAL on a CPU"
-    print(f"{where}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-    begin = time.perf_counter()
-    with torch.no_grad():
-        for name in arguments.sections.split(","):
-            print(f"\n== {name} ({time.perf_counter() - begin:.0f} s)", flush=True)
-            try:
-                SECTIONS[name](bench)
-            except Exception:
-                traceback.print_exc()
-            bench.synchronize()
-    print(f"\n{time.perf_counter() - begin:.0f} s in all")
+    sections = (network, convolutions, pointwise, resampling, ends, snakes)
+    run_parts(__doc__, {section.__name__: partial(measured, section) for section in sections})
+
+
+def measured(section: Callable[[Bench], None], options: Options) -> None:
+    section(Bench.of(options))
 
 
 # -------------------------------------------------------------------- layers
@@ -137,11 +137,11 @@ def convolutions(bench: Bench) -> None:
     """Seven taps, dilated, each way."""
     header("width x samples, dilation: TFLOP/s", ("conv1d", "2d BC1S", "2d BCS1", "2d folded", "2d BC1S tuned"))
     for (width, samples), dilation in itertools.product(STAGES, (1, 3, 9)):
-        convolution(bench, width // min(bench.shrink, 16), bench.samples(samples), dilation)
+        convolution(bench, bench.width(width), bench.samples(samples), dilation)
 
 
 def convolution(bench: Bench, width: int, samples: int, dilation: int) -> None:
-    weight = nn.Conv1d(width, width, 7).to(bench.device, bench.dtype).weight
+    weight = bench.placed(nn.Conv1d(width, width, 7)).weight
     plain, last = bench.grids(width, samples)
     row, column = (last_of_2d(weight.unsqueeze(axis)) for axis in (2, 3))
     pad, flat, tall = 3 * dilation, last.unsqueeze(2), last.unsqueeze(3)
@@ -152,7 +152,7 @@ def convolution(bench: Bench, width: int, samples: int, dilation: int) -> None:
     def flat_run() -> Tensor:
         return F.conv2d(flat, row, None, 1, (0, pad), (1, dilation))
 
-    runs: list[Run] = [
+    runs: list[Call] = [
         lambda: F.conv1d(plain, weight, None, 1, pad, dilation),
         flat_run,
         lambda: F.conv2d(tall, column, None, 1, (pad, 0), (dilation, 1)),
@@ -167,18 +167,18 @@ def pointwise(bench: Bench) -> None:
     """Snake, one tap and residual, in three kernels and in one, and the convolution alone."""
     header("width x samples: ms", ("separate", "fused", "conv2d alone", "matmul alone", "conv1d alone"))
     for width, samples in STAGES:
-        one_tap(bench, width // min(bench.shrink, 16), bench.samples(samples))
+        one_tap(bench, bench.width(width), bench.samples(samples))
     print("   the fused kernel by tile and step, ms:")
     for width, samples in ((128, 2_097_152), (256, 262_144)):
         tiles(bench, width, bench.samples(samples))
 
 
 def one_tap(bench: Bench, width: int, samples: int) -> None:
-    act = Snake(width).to(bench.device, bench.dtype)
-    conv = nn.Conv1d(width, width, 1).to(bench.device, bench.dtype)
+    act = bench.placed(Snake(width))
+    conv = bench.placed(nn.Conv1d(width, width, 1))
     plain, last = bench.grids(width, samples)
-    skip, bias = torch.randn_like(last), torch.randn(width, device=bench.device, dtype=bench.dtype)
-    runs: list[Run] = [
+    skip, bias = torch.randn_like(last), bench.normal(width)
+    runs: list[Call] = [
         lambda: act.fork(conv1d(act(Sum(last, bias=bias)), conv)._replace(branch=skip))[0],
         lambda: snake_pointwise(Sum(last, bias=bias), act, conv, skip),
         lambda: F.conv2d(last.unsqueeze(2), conv.weight.unsqueeze(2)),
@@ -189,8 +189,8 @@ def one_tap(bench: Bench, width: int, samples: int) -> None:
 
 
 def tiles(bench: Bench, width: int, samples: int) -> None:
-    act = Snake(width).to(bench.device, bench.dtype)
-    conv = nn.Conv1d(width, width, 1).to(bench.device, bench.dtype)
+    act = bench.placed(Snake(width))
+    conv = bench.placed(nn.Conv1d(width, width, 1))
     _, last = bench.grids(width, samples)
     found = []
     for sizes in ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (256, 32), (256, 64)):
@@ -204,21 +204,21 @@ def resampling(bench: Bench) -> None:
     """Transposed and strided convolutions, each way; `two taps` packs its weights in every call."""
     header("upsample: TFLOP/s", ("transposed 1d", "transposed 2d", "two taps", "taps packed"))
     for before, after, stride, samples in UPSAMPLINGS:
-        up(bench, before // min(bench.shrink, 16), after // min(bench.shrink, 16), stride, bench.samples(samples))
+        up(bench, bench.width(before), bench.width(after), stride, bench.samples(samples))
     header("downsample: TFLOP/s", ("conv1d", "2d strided", "2d strided tuned", "two taps"))
     for after, before, stride, samples in UPSAMPLINGS:
-        down(bench, before // min(bench.shrink, 16), after // min(bench.shrink, 16), stride, bench.samples(samples))
+        down(bench, bench.width(before), bench.width(after), stride, bench.samples(samples))
 
 
 def up(bench: Bench, before: int, after: int, stride: int, samples: int) -> None:
     pad = math.ceil(stride / 2)
-    conv = nn.ConvTranspose1d(before, after, 2 * stride, stride, pad).to(bench.device, bench.dtype)
+    conv = bench.placed(nn.ConvTranspose1d(before, after, 2 * stride, stride, pad))
     plain, last = bench.grids(before, samples)
     flat, weight = last.unsqueeze(2), last_of_2d(conv.weight.unsqueeze(2))
     later, earlier = conv.weight.split(stride, dim=2)
     packed = torch.stack([earlier, later], dim=2).permute(3, 1, 2, 0).flatten(0, 1).contiguous()
     taps = packed.transpose(1, 2).unsqueeze(2)
-    runs: list[Run] = [
+    runs: list[Call] = [
         lambda: F.conv_transpose1d(plain, conv.weight, None, stride, pad),
         lambda: F.conv_transpose2d(flat, weight, None, (1, stride), (0, pad)),
         lambda: upsample1d(last, conv),
@@ -230,7 +230,7 @@ def up(bench: Bench, before: int, after: int, stride: int, samples: int) -> None
 
 def down(bench: Bench, before: int, after: int, stride: int, shorter: int) -> None:
     pad, samples = math.ceil(stride / 2), shorter * stride
-    conv = nn.Conv1d(before, after, 2 * stride, stride, pad).to(bench.device, bench.dtype)
+    conv = bench.placed(nn.Conv1d(before, after, 2 * stride, stride, pad))
     plain, last = bench.grids(before, samples)
     flat, weight = last.unsqueeze(2), last_of_2d(conv.weight.unsqueeze(2))
     padded = F.pad(last.transpose(1, 2), (0, 0, pad, pad)).reshape(1, -1, stride * before).transpose(1, 2).unsqueeze(2)
@@ -239,7 +239,7 @@ def down(bench: Bench, before: int, after: int, stride: int, shorter: int) -> No
     def strided() -> Tensor:
         return F.conv2d(flat, weight, None, (1, stride), (0, pad))
 
-    runs: list[Run] = [
+    runs: list[Call] = [
         lambda: F.conv1d(plain, conv.weight, None, stride, pad),
         strided,
         tuned(strided),
@@ -252,12 +252,12 @@ def down(bench: Bench, before: int, after: int, stride: int, shorter: int) -> No
 def ends(bench: Bench) -> None:
     """The first and last convolutions, of two channels at the full rate."""
     header("layer: ms", ("conv1d", "2d", "2d, 8 channels", "matmul of taps"))
-    end(bench, "first, encoder", 2, 128 // min(bench.shrink, 16), bench.samples(2_097_152))
-    end(bench, "last, decoder", 128 // min(bench.shrink, 16), 2, bench.samples(2_097_152))
+    end(bench, "first, encoder", 2, bench.width(128), bench.samples(2_097_152))
+    end(bench, "last, decoder", bench.width(128), 2, bench.samples(2_097_152))
 
 
 def end(bench: Bench, name: str, before: int, after: int, samples: int) -> None:
-    conv = nn.Conv1d(before, after, 7, padding=3, bias=False).to(bench.device, bench.dtype)
+    conv = bench.placed(nn.Conv1d(before, after, 7, padding=3, bias=False))
     plain, last = bench.grids(before, samples)
     rows, weight = last.transpose(1, 2)[0], last_of_2d(conv.weight.unsqueeze(2))
     # More channels, which are zero or thrown away, so that tensor cores take them.
@@ -276,7 +276,7 @@ def end(bench: Bench, name: str, before: int, after: int, samples: int) -> None:
         made = F.pad(rows @ taps, (0, 0, 3, 3)).unfold(0, samples, 1)
         return torch.stack([made[k, k * after : (k + 1) * after] for k in range(7)]).sum(0)
 
-    runs: list[Run] = [
+    runs: list[Call] = [
         lambda: F.conv1d(plain, conv.weight, None, padding=3),
         lambda: F.conv2d(last.unsqueeze(2), weight, None, padding=(0, 3)),
         padded,
@@ -289,11 +289,11 @@ def snakes(bench: Bench) -> None:
     """Snake alone, with a bias, and with a sum that is kept; then by tile and warps."""
     header("width x samples: TB/s", ("definition", "one pass", "sum kept", "1d layout"))
     for width, samples in STAGES[2:]:
-        one_snake(bench, width // min(bench.shrink, 16), bench.samples(samples))
-    act = Snake(128).to(bench.device, bench.dtype)
+        one_snake(bench, bench.width(width), bench.samples(samples))
+    act = bench.placed(Snake(128))
     _, last = bench.grids(128, bench.samples(2_097_152))
-    branch, bias = torch.randn_like(last), torch.randn(128, device=bench.device, dtype=bench.dtype)
-    runs: list[tuple[str, int, Run]] = [
+    branch, bias = torch.randn_like(last), bench.normal(128)
+    runs: list[tuple[str, int, Call]] = [
         ("one pass", 2, lambda: act(Sum(last, bias=bias))),
         ("sum kept", 4, lambda: act.fork(Sum(last, branch, bias))),
     ]
@@ -306,10 +306,10 @@ def snakes(bench: Bench) -> None:
 
 
 def one_snake(bench: Bench, width: int, samples: int) -> None:
-    act = Snake(width).to(bench.device, bench.dtype)
+    act = bench.placed(Snake(width))
     plain, last = bench.grids(width, samples)
-    branch, bias = torch.randn_like(last), torch.randn(width, device=bench.device, dtype=bench.dtype)
-    runs: list[tuple[int, Run]] = [
+    branch, bias = torch.randn_like(last), bench.normal(width)
+    runs: list[tuple[int, Call]] = [
         (2, lambda: snake(last, act.alpha, act.beta)),
         (2, lambda: act(Sum(last, bias=bias))),
         (4, lambda: act.fork(Sum(last, branch, bias))),
@@ -334,7 +334,7 @@ def network(bench: Bench) -> None:
         calls(bench, f"{name}, ours", ours, z, x)
         graphs(bench, f"{name}, ours as a graph", ours, z, x)
     z, x = examples(bench, 1024)
-    with tuning():
+    with cudnn_benchmark(True):
         calls(bench, "ours, cuDNN tuned", ours, z, x)
         graphs(bench, "graph, cuDNN tuned", ours, z, x)
     for names in ((), (128,), (256,)):
@@ -345,8 +345,9 @@ def network(bench: Bench) -> None:
         with in_pieces(mebibytes << 19):
             graphs(bench, f"graph, stages in pieces of {mebibytes} MiB", ours, z, x)
     accuracy(bench, ours, theirs)
-    busiest("decode", lambda: ours.decode(z))
-    busiest("encode", lambda: ours.encode(x))
+    for name, run in (("decode", lambda: ours.decode(z)), ("encode", lambda: ours.encode(x))):
+        with standing_alone(f"kernels of {name}"):
+            busiest(name, run, most=14)
     z, x = z.float(), x.float()
     if theirs is not None:
         calls(bench, "diffusers, float32", theirs.float(), z, x)
@@ -391,40 +392,33 @@ def reference_of(bench: Bench, model: AutoencoderOobleck) -> Any:
 
 def examples(bench: Bench, latents: int) -> tuple[Tensor, Tensor]:
     latents = max(latents // bench.shrink, 3)
-    z = torch.randn(1, bench.arch.decoder_input_channels, latents, device=bench.device, dtype=bench.dtype)
-    x = torch.randn(1, 2, 2048 * latents, device=bench.device, dtype=bench.dtype).mul_(0.3).clamp_(-1, 1)
+    z = bench.normal(1, bench.arch.decoder_input_channels, latents)
+    x = bench.normal(1, 2, 2048 * latents).mul_(0.3).clamp_(-1, 1)
     return z, x
 
 
 def calls(bench: Bench, name: str, model: Any, z: Tensor, x: Tensor) -> None:
     """Times and peaks of memory beyond the weights, of decode and encode."""
-    runs: list[Run] = [lambda: model.decode(z), lambda: model.encode(x)]
-    text = ""
+    runs: list[Call] = [lambda: model.decode(z), lambda: model.encode(x)]
+    meter, text = Meter(torch.device(bench.device)), ""
     for width, run in zip((10, 11), runs, strict=True):
         ms, gib = bench.ms(run, 3 * bench.seconds), math.nan
-        bench.synchronize()
-        if bench.device == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            with suppress(Exception):
-                run()
-            gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+        with standing_alone(name):
+            gib, _ = meter.memory(run, 0)
         text += f"{number(ms, 2):>{width}}{number(gib, 2):>7}"
     print(f"   {name:<44}{text}", flush=True)
 
 
 def graphs(bench: Bench, name: str, model: AutoencoderOobleck, z: Tensor, x: Tensor) -> None:
-    """Times of decode and encode as CUDA graphs."""
+    """Times of decode and encode as CUDA graphs; on a CPU of what they would capture."""
     text = ""
     for width, grid, plan in ((10, z, model.plan_decode(z.shape)), (18, x, model.plan_encode(x.shape))):
         ms = math.nan
-        try:
-            if bench.device != "cuda":
-                ms = bench.ms(partial(model._run, plan.direction, grid, plan))
-            else:
+        with standing_alone(name):
+            if bench.device == "cuda":
                 ms = bench.ms(partial(Captured(model, plan), grid), 3 * bench.seconds)
-        except Exception as error:
-            print(f"   ! {name}: {error!r}"[:300])
+            else:
+                ms = bench.ms(partial(model._run, plan.direction, grid, plan))
         bench.synchronize()
         text += f"{number(ms, 2):>{width}}"
     print(f"   {name:<44}{text}", flush=True)
@@ -432,7 +426,7 @@ def graphs(bench: Bench, name: str, model: AutoencoderOobleck, z: Tensor, x: Ten
 
 def accuracy(bench: Bench, ours: AutoencoderOobleck, theirs: Any) -> None:
     """Distance to float64 with the same weights, of a quarter of the length."""
-    try:
+    with standing_alone("accuracy"):
         z, x = examples(bench, 256)
         with torch.device(bench.device):
             exact = AutoencoderOobleck(ours.config).double().eval().requires_grad_(False)
@@ -441,26 +435,8 @@ def accuracy(bench: Bench, ours: AutoencoderOobleck, theirs: Any) -> None:
         for name, model in (("diffusers", theirs), ("ours", ours)):
             if model is not None:
                 made = model.decode(z).sample, model.encode(x).latent_dist.parameters
-                errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(made, references, strict=True)]
+                errors = [error(a, b) for a, b in zip(made, references, strict=True)]
                 print(f"   {name}: distance to float64, decode {errors[0]:.2e}, encode {errors[1]:.2e}", flush=True)
-    except Exception as error:
-        print(f"   ! accuracy: {error!r}"[:300])
-
-
-def busiest(name: str, run: Run, most: int = 14) -> None:
-    """The kernels that take the time of one call."""
-    try:
-        run()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run()
-            torch.cuda.synchronize()
-        found = [each for each in profile.key_averages() if each.self_device_time_total]
-        found.sort(key=lambda each: -each.self_device_time_total)
-        print(f"   kernels of {name}, {sum(each.self_device_time_total for each in found) / 1000:.2f} ms in all:")
-        for each in found[:most]:
-            print(f"   {each.self_device_time_total / 1000:8.3f} ms {each.count:4d}x  {each.key[:90]}")
-    except Exception as error:
-        print(f"   ! kernels of {name}: {error!r}"[:300])
 
 
 @contextmanager
@@ -491,17 +467,17 @@ def in_pieces(numbers: int) -> Iterator[None]:
 
 
 @contextmanager
-def tuning() -> Iterator[None]:
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+def standing_alone(name: str) -> Iterator[None]:
+    """What fails says so, and what comes after it goes on."""
     try:
         yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    except Exception as failure:
+        print(f"   ! {name}: {failure!r}"[:300])
 
 
-def tuned(run: Run) -> Run:
+def tuned(run: Call) -> Call:
     def run_tuned() -> object:
-        with tuning():
+        with cudnn_benchmark(True):
             return run()
 
     return run_tuned
@@ -531,15 +507,6 @@ def rate(ms: float, work: float, digits: int) -> str:
 def number(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
-
-SECTIONS: dict[str, Callable[[Bench], None]] = {
-    "network": network,
-    "convolutions": convolutions,
-    "pointwise": pointwise,
-    "resampling": resampling,
-    "ends": ends,
-    "snakes": snakes,
-}
 
 if __name__ == "__main__":
     main()

@@ -130,6 +130,14 @@ def busiest(name: str, run: Call, most: int = 20) -> None:
         print(f"{spent / 1e3:9.2f} ms {100 * spent / total:5.1f} % {count:5d} x {key[:110]}")
 
 
+def by_prefixes(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, frame: int
+) -> Tensor:
+    """`ops.attention.prefix_attention` with another way to attend."""
+    parts = zip(q.split(frame, dim=-2), range(frame, k.shape[-2] + 1, frame), strict=True)
+    return torch.cat([attend(part, k[..., :end, :], v[..., :end, :]) for part, end in parts], dim=-2)
+
+
 def error(ours: Tensor, exact: Tensor) -> float:
     """Relative, in float64."""
     return float((ours.double() - exact.double()).norm() / exact.double().norm())

@@ -9,7 +9,6 @@ clips are held out: no frame of their files is ever trained on.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from demo_card import read_sources, write_sources
 from demo_photographs import Fetcher
 from fastvideo_vae_core.media.images import from_uint8, to_uint8
 from fastvideo_vae_core.media.video import VideoReader, VideoWriter
@@ -69,7 +69,7 @@ def prepare(output: Path) -> None:
                 listed.append(asdict(clip) | {"package": package.label, "size": size})
                 size_on_disk = sum(path.stat().st_size for path in folder.iterdir())
                 print(f"{folder}  {len(frames)} of {size[0]}x{size[1]}  {size_on_disk // 1024} KiB", flush=True)
-    (output / "sources.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_sources(output, listed)
 
 
 def read_clip(path: Path, clip: Clip) -> tuple[list[Array], Any]:
@@ -108,22 +108,16 @@ def reencoded(frames: Sequence[Array], rate: Any, path: Path) -> list[Array]:
     return [to_uint8(frame).permute(1, 2, 0).numpy() for frame in x_CTHW.unbind(1)]
 
 
-def sources(folder: Path) -> list[dict[str, Any]]:
-    """What `prepare` wrote down of each clip: the fields of Clip, package and size."""
-    listed: list[dict[str, Any]] = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
-    return listed
-
-
 def training(folder: Path) -> Iterator[Array]:
     """Clips to train on, (T, H, W, 3)."""
-    for entry in sources(folder):
+    for entry in read_sources(folder):
         if not entry["held_out"]:
             yield _frames(folder / "training" / entry["name"])
 
 
 def held_out(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and clips that were not trained on, (1, 3, T, H, W) in [-1, 1]."""
-    for entry in sources(folder):
+    for entry in read_sources(folder):
         if entry["held_out"]:
             x_THWC = torch.from_numpy(_frames(folder / "held-out" / entry["name"]))
             yield entry["name"], from_uint8(x_THWC).permute(3, 0, 1, 2)[None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import bz2
-import json
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from demo_card import read_sources, write_sources
 from fastvideo_vae_core.media.images import read_image, to_uint8
 from fastvideo_vae_core.metrics import psnr, ssim
 
@@ -58,7 +58,7 @@ def prepare(output: Path) -> None:
                 entry = asdict(photograph) | {"package": package.label, "file": path.name, "size": size}
                 listed.append(entry)
                 print(f"{path}  {size[0]}x{size[1]}  {path.stat().st_size // 1024} KiB", flush=True)
-    (output / "sources.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_sources(output, listed)
 
 
 class Fetcher:
@@ -112,21 +112,15 @@ def write_photograph(output: Path, photograph: Photograph, picture: Image.Image)
     return path, picture.size
 
 
-def sources(folder: Path) -> list[dict[str, Any]]:
-    """What `prepare` wrote down of each photograph: the fields of Photograph, package, file and size."""
-    listed: list[dict[str, Any]] = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
-    return listed
-
-
 def training(folder: Path) -> Iterator[Array]:
     """Photographs to train on, (H, W, 3)."""
-    for entry in sources(folder):
+    for entry in read_sources(folder):
         if not entry["held_out"]:
             yield np.asarray(Image.open(folder / "training" / entry["file"]).convert("RGB"))
 
 
 def held_out(folder: Path) -> list[dict[str, Any]]:
-    return [entry for entry in sources(folder) if entry["held_out"]]
+    return [entry for entry in read_sources(folder) if entry["held_out"]]
 
 
 @dataclass(frozen=True, kw_only=True)

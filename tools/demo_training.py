@@ -29,6 +29,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastvideo_vae_core.config import VAEArchConfig, VAEConfig
+from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
+
 # A little less than the three megabytes that a package may carry.
 LARGEST_WEIGHTS_BYTES = 2_980_000
 SAVE_SECONDS = 60
@@ -85,6 +88,12 @@ class Way:
             measured=options.measured,
             start=options.start,
         )
+
+
+def command_line(doc: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """A parser for the script that explains itself so, and what its steps are added to."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    return parser, parser.add_subparsers(dest="step", required=True)
 
 
 def add_steps(
@@ -264,9 +273,62 @@ def schedule(passed: float, warm_up: float) -> float:
     return (1 + math.cos(math.pi * min(1.0, (passed - warm_up) / (1 - warm_up)))) / 2
 
 
-def psnr_and_speed(squared: float, pixels_per_second: float) -> str:
-    """For the log: what a mean squared error of samples in [-1, 1] is, and how fast training goes."""
-    return f"PSNR {10 * math.log10(4 / squared):.2f} dB, {pixels_per_second / 1e6:.2f} Mpixel/s"
+def told_of(pixels: int) -> Callable[[Sequence[float], float], str]:
+    """For the log of steps of so many pixels: what a mean squared error in [-1, 1] is, and how fast training goes."""
+
+    def tell(means: Sequence[float], steps_per_second: float) -> str:
+        return f"training PSNR {10 * math.log10(4 / means[0]):.2f} dB, {steps_per_second * pixels / 1e6:.2f} Mpixel/s"
+
+    return tell
+
+
+def picture_loss(
+    made: Tensor, x: Tensor, posterior: DiagonalGaussianDistribution, weights: Tensor, kl: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of pictures (..., H, W), and the mean squared error in it.
+
+    weights: of the absolute errors of pixels and of their differences in space.
+    kl: weight of the Kullback-Leibler divergence per latent value.
+    """
+    error = made - x
+    squared = error.square().mean()
+    slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    divergence = posterior.kl().mean() / posterior.mean[0].numel()
+    return squared + weights[0] * error.abs().mean() + weights[1] * slopes + kl * divergence, squared.detach()
+
+
+# That in words, for a README.
+LEARNS_PICTURES = """\
+mean squared error with small weights on the absolute errors of pixels
+and of their differences in the first stage, a small Kullback-Leibler term, and a moving average of the weights."""
+
+
+class Dice:
+    """What is drawn at random for crops of pictures, the same in every run."""
+
+    def __init__(self, seed: int, device: str | torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def choose(self, chances: Tensor, count: int) -> Tensor:
+        return torch.multinomial(chances, count, replacement=True, generator=self.generator)
+
+    def uniform(self, count: int, low: float, high: float) -> Tensor:
+        unit = torch.rand(count, generator=self.generator, device=self.generator.device)
+        return low + (high - low) * unit
+
+    def coins(self, count: int, chance: float) -> Tensor:
+        return self.uniform(count, 0, 1) < chance
+
+    def recoloured(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, ...) with channels in another order, and other saturation, contrast and brightness."""
+        batch, ones = len(x), (1,) * (x.dim() - 2)
+        order = torch.rand(batch, 3, generator=self.generator, device=x.device).argsort(1)
+        x = x.gather(1, order.view(batch, 3, *ones).expand_as(x))
+        grey = x.mean(1, keepdim=True)
+        saturation, contrast, brightness = (
+            self.uniform(batch, low, high).view(batch, 1, *ones) for low, high in ((0.5, 1.5), (0.7, 1.3), (-0.2, 0.2))
+        )
+        return ((grey + (x - grey) * saturation) * contrast + brightness).clamp(-1, 1)
 
 
 def compiled_or_plain(
@@ -318,6 +380,19 @@ def write_checkpoint(folder: Path, class_name: str, tensors: Mapping[str, Tensor
     stated = {"_class_name": class_name, "_diffusers_version": "0.39.0"}
     stated |= {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+
+
+def read_checkpoint(
+    folder: Path,
+    model: Callable[[VAEConfig], M],
+    arch: type[VAEArchConfig],
+    names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> M:
+    """What `write_checkpoint` wrote, in float32 on the CPU; `names` makes the model's tensors of the file's."""
+    facts = arch.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    made = model(VAEConfig(arch_config=facts))
+    made.load_state_dict(names(load_file(folder / WEIGHTS)))
+    return made.requires_grad_(False)
 
 
 # Enough for the last time of saving.

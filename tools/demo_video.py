@@ -8,7 +8,6 @@ Shape legend: B batch, C channels; T frames, H, W pixels; P pixels of all frames
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,14 +18,16 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import demo_clips
 import demo_photographs
+from demo_card import Card, credit_of, read_sources, source_table, source_tables, table
 from demo_clips import SHIPPED
 from demo_training import (
+    LEARNS_PICTURES,
     WEIGHTS,
+    Dice,
     Log,
     Objective,
     Optimisation,
@@ -35,9 +36,12 @@ from demo_training import (
     Trainer,
     Way,
     add_steps,
+    command_line,
     compiled_or_plain,
     history,
-    psnr_and_speed,
+    picture_loss,
+    read_checkpoint,
+    told_of,
     write_checkpoint,
 )
 from fastvideo_vae_core.config import VAEArchConfig, VAEConfig
@@ -118,6 +122,10 @@ def decode(model: Model, z_BCthw: Tensor) -> Tensor:
     return model.decode(z_BCthw).sample
 
 
+def configuration(arch: VAEArchConfig) -> dict[str, Any]:
+    return arch.to_dict()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Miniature(Generic[Arch]):
     """A family's miniature of video.
@@ -126,8 +134,8 @@ class Miniature(Generic[Arch]):
         script: the file in `tools`; `class_name`: of its configuration, as diffusers has it.
         initialised: a model that is about to be trained.
         with_statistics: architecture and state of a model with these means and deviations of its latents.
-        configuration: what of an architecture is written.
         describe: the sentence of the README that says what it is.
+        configuration: what of an architecture is written.
         encode, decode: the two halves, to be differentiated and compiled.
     """
 
@@ -138,17 +146,14 @@ class Miniature(Generic[Arch]):
     recipes: Mapping[str, Recipe[Arch]]
     initialised: Callable[[Arch], Model]
     with_statistics: Callable[[Arch, dict[str, Tensor], Tensor, Tensor], tuple[Arch, dict[str, Tensor]]]
-    configuration: Callable[[Arch], dict[str, Any]]
     describe: Callable[[Arch], str]
+    configuration: Callable[[Arch], dict[str, Any]] = configuration
     encode: Callable[[Any, Tensor], Tensor] = encode
     decode: Callable[[Any, Tensor], Tensor] = decode
 
     def load(self, folder: Path) -> Model:
         """What was written, in float32 on the CPU."""
-        arch = self.arch.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        model = self.model(VAEConfig(arch_config=arch))
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        return model.requires_grad_(False)
+        return read_checkpoint(folder, self.model, self.arch)
 
     def save(self, model: Model, arch: Arch, statistics: tuple[Tensor, Tensor], folder: Path) -> None:
         """Write the weights in float16, and the configuration."""
@@ -162,10 +167,17 @@ DATA = {"clips": "what demo_clips.py wrote", "photographs": "what demo_photograp
 
 def main(miniature: Miniature[Any], doc: str | None, arguments: Sequence[str] | None = None) -> None:
     """The command line of a script that trains nothing else."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
-    steps = parser.add_subparsers(dest="step", required=True)
+    parser, steps = command_line(doc)
+    add_video_steps(steps, miniature)
+    perform(miniature, parser.parse_args(arguments))
+
+
+def add_video_steps(steps: Any, miniature: Miniature[Any]) -> None:
     add_steps(steps, DATA, recipes=tuple(miniature.recipes), minutes=8.0, reserve=60.0)
-    options = parser.parse_args(arguments)
+
+
+def perform(miniature: Miniature[Any], options: argparse.Namespace) -> None:
+    """The step `train` or `measure` of a command line."""
     if options.step == "train":
         train(miniature, miniature.recipes[options.recipe], options.clips, options.photographs, Way.of(options))
     else:
@@ -209,7 +221,8 @@ def fit(miniature: Miniature[Arch], model: Model, material: Material, recipe: Re
         compute = compiled_or_plain(plain, examples, model, run.log)
     trainer = Trainer(model, run)
     for stage, weight in zip(recipe.stages, weights, strict=True):
-        progress = Progress(told_of(stage), run.log, every=100 if model.device.type == "cuda" else 10)
+        told = told_of(stage.batch * stage.frames * stage.side**2)
+        progress = Progress(told, run.log, every=100 if model.device.type == "cuda" else 10)
         while trainer.passed < stage.until:
             loss, squared = compute(model, material.draw(stage), weight, kl)
             trainer.step(loss)
@@ -223,21 +236,9 @@ def objective_of(miniature: Miniature[Any]) -> Objective:
         with torch.autocast(x_BCTHW.device.type, torch.bfloat16, enabled=x_BCTHW.is_cuda):
             posterior = DiagonalGaussianDistribution(miniature.encode(model, x_BCTHW).float())
             y_BCTHW = miniature.decode(model, posterior.sample()).float()
-        error = y_BCTHW - x_BCTHW
-        squared = error.square().mean()
-        slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        return squared + weights[0] * error.abs().mean() + weights[1] * slopes + kl * divergence, squared.detach()
+        return picture_loss(y_BCTHW, x_BCTHW, posterior, weights, kl)
 
     return objective
-
-
-def told_of(stage: Stage) -> Callable[[Sequence[float], float], str]:
-    def tell(means: Sequence[float], steps_per_second: float) -> str:
-        pixels = stage.batch * stage.frames * stage.side**2
-        return f"training {psnr_and_speed(means[0], steps_per_second * pixels)}"
-
-    return tell
 
 
 def statistics(miniature: Miniature[Any], model: Model, material: Material, stage: Stage) -> tuple[Tensor, Tensor]:
@@ -275,34 +276,34 @@ class Material:
         self.chances = shares.to(device)
         flat = [torch.from_numpy(level.reshape(-1, 3).copy()) for level in (*levels, *still)]
         self.pixels_PC = torch.cat(flat).to(device)
-        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.dice = Dice(recipe.seed, device)
 
     def draw(self, stage: Stage) -> Tensor:
         """(B, 3, T, side, side) in [-1, 1]: cut along a path, mirrored, turned, and some of them recoloured."""
         batch, recipe = stage.batch, self.recipe
-        chosen = torch.multinomial(self.chances, batch, replacement=True, generator=self.generator)
+        chosen = self.dice.choose(self.chances, batch)
         times_BT = self._times(chosen, stage.frames)
         # A photograph always moves, but for some that stand still and are read without any blur.
-        moves = self._coins(batch, recipe.shaken) | ((self.frames[chosen] == 1) & self._coins(batch, 0.8))
-        zoom = torch.where(moves, self._uniform(batch, -0.015, 0.015), 0.0)
+        moves = self.dice.coins(batch, recipe.shaken) | ((self.frames[chosen] == 1) & self.dice.coins(batch, 0.8))
+        zoom = torch.where(moves, self.dice.uniform(batch, -0.015, 0.015), 0.0)
         steps = torch.arange(stage.frames, device=zoom.device)
         scale_BT = 1 + zoom[:, None] * (steps - stage.frames // 2)
         rows_BTH = self._path(self.heights[chosen], scale_BT, stage.side, moves)
         columns_BTW = self._path(self.widths[chosen], scale_BT, stage.side, moves)
         x_BTHWC = self._sample(chosen, times_BT, rows_BTH, columns_BTW)
-        x_BTHWC = torch.where(self._coins(batch, 0.5)[:, None, None, None, None], x_BTHWC.transpose(2, 3), x_BTHWC)
+        x_BTHWC = torch.where(self.dice.coins(batch, 0.5)[:, None, None, None, None], x_BTHWC.transpose(2, 3), x_BTHWC)
         x_BCTHW = x_BTHWC.permute(0, 4, 1, 2, 3)
-        recoloured = self._coins(batch, recipe.jitter)[:, None, None, None, None]
-        return torch.where(recoloured, self._recoloured(x_BCTHW), x_BCTHW).contiguous()
+        recoloured = self.dice.coins(batch, recipe.jitter)[:, None, None, None, None]
+        return torch.where(recoloured, self.dice.recoloured(x_BCTHW), x_BCTHW).contiguous()
 
     def _times(self, chosen: Tensor, frames: int) -> Tensor:
         """A run of frames, forwards or backwards, some at twice the speed; of a photograph the only one."""
         batch, available = len(chosen), self.frames[chosen]
-        every = torch.where((available >= 2 * frames) & self._coins(batch, 0.2), 2, 1)
+        every = torch.where((available >= 2 * frames) & self.dice.coins(batch, 0.2), 2, 1)
         span = every * (frames - 1)
-        first = (self._uniform(batch, 0, 1) * (available - span).clamp(min=1)).long()
+        first = (self.dice.uniform(batch, 0, 1) * (available - span).clamp(min=1)).long()
         steps = torch.arange(frames, device=chosen.device)
-        steps = torch.where(self._coins(batch, 0.5)[:, None], steps, steps.flip(0))
+        steps = torch.where(self.dice.coins(batch, 0.5)[:, None], steps, steps.flip(0))
         return torch.minimum(first[:, None] + every[:, None] * steps, available[:, None] - 1)
 
     def _path(self, sizes: Tensor, scale_BT: Tensor, side: int, moves: Tensor) -> Tensor:
@@ -310,12 +311,12 @@ class Material:
         batch, frames = scale_BT.shape
         reach_BT = scale_BT * (side - 1) / 2
         room_BT = (sizes[:, None] - 1 - 2 * reach_BT).clamp(min=0)
-        begin = (self._uniform(batch, 0, 1) * (room_BT[:, 0] + 1)).floor()
-        speed = torch.where(moves, self._uniform(batch, -1, 1).pow(3) * self.recipe.speed, 0.0)
+        begin = (self.dice.uniform(batch, 0, 1) * (room_BT[:, 0] + 1)).floor()
+        speed = torch.where(moves, self.dice.uniform(batch, -1, 1).pow(3) * self.recipe.speed, 0.0)
         steps = torch.arange(frames, device=sizes.device)
         offset_BT = torch.minimum((begin[:, None] + speed[:, None] * steps).clamp(min=0), room_BT)
         across = torch.arange(side, device=sizes.device)
-        across = torch.where(self._coins(batch, 0.5)[:, None], across, across.flip(0))
+        across = torch.where(self.dice.coins(batch, 0.5)[:, None], across, across.flip(0))
         return offset_BT[:, :, None] + scale_BT[:, :, None] * across[:, None, :]
 
     def _sample(self, chosen: Tensor, times_BT: Tensor, rows_BTH: Tensor, columns_BTW: Tensor) -> Tensor:
@@ -332,25 +333,6 @@ class Material:
             return pair[0].lerp(pair[1], right)
 
         return mixed(lines[0]).lerp(mixed(lines[1]), down)
-
-    def _recoloured(self, x_BCTHW: Tensor) -> Tensor:
-        """Channels in another order, and other saturation, contrast and brightness."""
-        batch = len(x_BCTHW)
-        order = torch.rand(batch, 3, generator=self.generator, device=x_BCTHW.device).argsort(1)
-        x_BCTHW = x_BCTHW.gather(1, order[:, :, None, None, None].expand_as(x_BCTHW))
-        grey = x_BCTHW.mean(1, keepdim=True)
-        saturation, contrast = (
-            self._uniform(batch, low, high)[:, None, None, None, None] for low, high in ((0.5, 1.5), (0.7, 1.3))
-        )
-        brightness = self._uniform(batch, -0.2, 0.2)[:, None, None, None, None]
-        return ((grey + (x_BCTHW - grey) * saturation) * contrast + brightness).clamp(-1, 1)
-
-    def _uniform(self, count: int, low: float, high: float) -> Tensor:
-        unit = torch.rand(count, generator=self.generator, device=self.starts.device)
-        return low + (high - low) * unit
-
-    def _coins(self, count: int, chance: float) -> Tensor:
-        return self._uniform(count, 0, 1) < chance
 
 
 def _shrunk(clip_THWC: Array, scales: Sequence[float], side: int) -> Iterator[Array]:
@@ -388,13 +370,13 @@ def measure(miniature: Miniature[Any], clips: Path, photographs: Path, output: P
     for each in demo_clips.measure(lambda x: through(stored, x), clips, output / "held-out.png"):
         measured.append(each)
         log(f"{each.name}: {each.psnr:.2f} dB, SSIM {each.ssim:.4f}")
-    table = "\n".join(
-        f"| {m.name} | {m.frames} × {m.width} × {m.height} | {m.psnr:.2f} | {m.ssim:.4f} |" for m in measured
-    )
-    log(f"{HEADER}\n{table}\nlowest {min(m.psnr for m in measured):.2f} dB")
+    rows = [(m.name, f"{m.frames} × {m.width} × {m.height}", f"{m.psnr:.2f}", f"{m.ssim:.4f}") for m in measured]
+    found = table(("clip", "frames × width × height", "PSNR, dB", "SSIM"), rows)
+    log(f"{found}\nlowest {min(m.psnr for m in measured):.2f} dB")
     shutil.copyfile(clips / "clip.mp4", output / "demo" / "clip.mp4")
-    text = readme(miniature, stored.config.arch_config, history(output), table, clips, photographs)
-    (output / "demo" / "README.md").write_text(text, encoding="utf-8")
+    card(miniature, stored.config.arch_config, found, read_sources(clips), read_sources(photographs)).write(
+        output / "demo", history(output)
+    )
     log("done")
 
 
@@ -404,84 +386,39 @@ def through(model: Model, x_BCTHW: Tensor) -> Tensor:
         return model.decode(model.encode(x_BCTHW.to(model.device)).latent_dist.mode()).sample
 
 
-def readme(miniature: Miniature[Any], arch: VAEArchConfig, run: str, table: str, clips: Path, photographs: Path) -> str:
+def card(
+    miniature: Miniature[Any],
+    arch: VAEArchConfig,
+    measured: str,
+    clips: Sequence[Mapping[str, Any]],
+    photographs: Sequence[Mapping[str, Any]],
+) -> Card:
     """The README of the demo folder."""
-    listed = demo_clips.sources(clips)
-    shipped = next(each for each in listed if each["name"] == SHIPPED)
-    lists: dict[bool, list[str]] = {False: [], True: []}
-    for each in listed:
-        lists[each["held_out"]].append(_row(each))
-    return README.format(
+    described = (
+        f"`{WEIGHTS}` and `config.json` are a small but really trained `{miniature.class_name}` in diffusers' layout:"
+        f" {miniature.describe(arch)}, stored in float16. It is there for demonstrations and tests. Its quality is that"
+        " of a miniature; for work, load a published checkpoint."
+    )
+    return Card(
         class_name=miniature.class_name,
-        described=textwrap.fill(
-            f"`{WEIGHTS}` and `config.json` are a small but really trained `{miniature.class_name}` in diffusers'"
-            f" layout: {miniature.describe(arch)}, stored in float16. It is there for demonstrations and tests. Its"
-            " quality is that of a miniature; for work, load a published checkpoint.",
-            120,
-        ),
+        described=textwrap.fill(described, 120),
+        compared=COMPARED,
+        table=measured,
         script=miniature.script,
-        run=run,
-        header=HEADER,
-        table=table,
-        shipped=SHIPPED,
-        credit=shipped["credit"],
-        licence=shipped["licence"],
-        trained="\n".join(lists[False]),
-        held_out="\n".join(lists[True]),
-        photographs="\n".join(_row(each) for each in demo_photographs.sources(photographs) if not each["held_out"]),
+        learns=LEARNS_PICTURES,
+        example="clip.mp4",
+        shipped=f"{credit_of(SHIPPED, clips)}\n{CUT}",
+        kind="Clips",
+        sources=f"{TRAINED}\n\n{source_tables(clips)}\n\nPhotographs:\n\n{source_table(photographs)}",
     )
 
 
-def _row(entry: dict[str, Any]) -> str:
-    return f"| {entry['name']} | {entry['package']} | {entry['licence']} | {entry['credit']} |"
-
-
-README = """\
-# A miniature {class_name}
-
-{described}
-
-## How well it does
-
-Clips that it was not trained on, sent whole through the mode of the posterior in float32, compared in 8-bit levels:
-
-{header}
-{table}
-
-## How it was trained
-
-By `tools/{script}`:
-{run}
-The recipe stands at the top of that file: AdamW, mean squared error with small weights on the absolute errors of pixels
-and of their differences in the first stage, a small Kullback-Leibler term, and a moving average of the weights.
-
-## clip.mp4
-
-{credit}; {licence}.
-It is the held-out clip "{shipped}" of the table: a cut of the film, made smaller.
-
-## Clips
-
+COMPARED = """\
+Clips that it was not trained on, sent whole through the mode of the posterior in float32, compared in 8-bit levels:"""
+CUT = f'It is the held-out clip "{SHIPPED}" of the table: a cut of the film, made smaller.'
+TRAINED = """\
 These were trained on, and so were movements of a camera over the photographs below. None of them is part of this
-package, but for clip.mp4, which was held out:
-
-| name | from | licence | by |
-|---|---|---|---|
-{trained}
-
-Held out:
-
-| name | from | licence | by |
-|---|---|---|---|
-{held_out}
-
-Photographs:
-
-| name | from | licence | by |
-|---|---|---|---|
-{photographs}
-"""
-HEADER = "| clip | frames × width × height | PSNR, dB | SSIM |\n|---|---|---|---|"
+package, but for clip.mp4, which was held out:"""
 
 # Batches of crops that the statistics of the latents are taken from.
 _STATISTICS = 16

@@ -12,11 +12,9 @@ Shape legend: B batch, C channels; H, W pixels, h, w latents; P pixels of all ph
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 import demo_photographs
-from demo_photographs import SHIPPED, prepare, sources, training
+from demo_card import Card, credit_of, read_sources, source_tables, table
+from demo_photographs import SHIPPED, prepare, training
 from demo_training import (
-    WEIGHTS,
+    LEARNS_PICTURES,
+    Dice,
     Log,
     Objective,
     Optimisation,
@@ -39,9 +38,12 @@ from demo_training import (
     Trainer,
     Way,
     add_steps,
+    command_line,
     compiled_or_plain,
     history,
-    psnr_and_speed,
+    picture_loss,
+    read_checkpoint,
+    told_of,
     write_checkpoint,
 )
 from fastvideo_vae_autoencoder_kl.config import AutoencoderKLArchConfig
@@ -131,8 +133,7 @@ RECIPES = {"large": Recipe(), "polish": POLISH, "small": SMALL}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    steps = parser.add_subparsers(dest="step", required=True)
+    parser, steps = command_line(__doc__)
     preparing = steps.add_parser("prepare", help="collect the photographs into a folder")
     preparing.add_argument("--output", type=Path, required=True)
     data = {"photographs": "what `prepare` wrote"}
@@ -198,40 +199,26 @@ class Crops:
         self.starts = sizes.cumsum(0) - sizes
         self.chances = sizes.double().sqrt()
         self.levels_PC = torch.cat([torch.from_numpy(level.reshape(-1, 3).copy()) for level in levels]).to(device)
-        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.dice = Dice(recipe.seed, device)
 
     def draw(self) -> Tensor:
         """(B, 3, side, side) in [-1, 1]: cut, mirrored, turned and, some of them, recoloured."""
-        chosen = torch.multinomial(self.chances, self.batch, replacement=True, generator=self.generator)
+        chosen = self.dice.choose(self.chances, self.batch)
         rows = self._span(self.heights[chosen])[:, :, None]
         columns = self._span(self.widths[chosen])[:, None, :]
         index_BHW = self.starts[chosen, None, None] + rows * self.widths[chosen, None, None] + columns
-        index_BHW = torch.where(self._coins(0.5)[:, None, None], index_BHW.mT, index_BHW)
+        index_BHW = torch.where(self.dice.coins(self.batch, 0.5)[:, None, None], index_BHW.mT, index_BHW)
         x_BCHW = from_uint8(self.levels_PC[index_BHW]).permute(0, 3, 1, 2)
-        changed = torch.where(self._coins(self.jitter)[:, None, None, None], self._recoloured(x_BCHW), x_BCHW)
+        changed = torch.where(
+            self.dice.coins(self.batch, self.jitter)[:, None, None, None], self.dice.recoloured(x_BCHW), x_BCHW
+        )
         return changed.contiguous(memory_format=torch.channels_last if changed.is_cuda else torch.contiguous_format)
 
     def _span(self, sizes: Tensor) -> Tensor:
         """A random run of `side` neighbours within each size, forwards or backwards."""
-        first = (self._uniform(0, 1) * (sizes - self.side + 1)).long()
+        first = (self.dice.uniform(self.batch, 0, 1) * (sizes - self.side + 1)).long()
         steps = torch.arange(self.side, device=sizes.device)
-        return first[:, None] + torch.where(self._coins(0.5)[:, None], steps, steps.flip(0))
-
-    def _recoloured(self, x_BCHW: Tensor) -> Tensor:
-        """Channels in another order, and other saturation, contrast and brightness."""
-        order = torch.rand(self.batch, 3, generator=self.generator, device=x_BCHW.device).argsort(1)
-        x_BCHW = x_BCHW.gather(1, order[:, :, None, None].expand_as(x_BCHW))
-        grey = x_BCHW.mean(1, keepdim=True)
-        x_BCHW = grey + (x_BCHW - grey) * self._uniform(0.5, 1.5)[:, None, None, None]
-        contrast, brightness = self._uniform(0.7, 1.3), self._uniform(-0.2, 0.2)
-        return (x_BCHW * contrast[:, None, None, None] + brightness[:, None, None, None]).clamp(-1, 1)
-
-    def _uniform(self, low: float, high: float) -> Tensor:
-        unit = torch.rand(self.batch, generator=self.generator, device=self.starts.device)
-        return low + (high - low) * unit
-
-    def _coins(self, chance: float) -> Tensor:
-        return self._uniform(0, 1) < chance
+        return first[:, None] + torch.where(self.dice.coins(self.batch, 0.5)[:, None], steps, steps.flip(0))
 
 
 def _shrunk(photograph: Array, scales: Sequence[float], side: int) -> Iterator[Array]:
@@ -248,11 +235,7 @@ def objective(model: AutoencoderKL, x_BCHW: Tensor, weights: Tensor, kl: Tensor)
     with torch.autocast(x_BCHW.device.type, torch.bfloat16):
         posterior = model.posterior(model.quant_conv(model.encoder(x_BCHW)).float())
         y_BCHW = model.decoder(model.post_quant_conv(posterior.sample())).float()
-    error = y_BCHW - x_BCHW
-    squared = error.square().mean()
-    slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    divergence = posterior.kl().mean() / posterior.mean[0].numel()
-    return squared + weights[0] * error.abs().mean() + weights[1] * slopes + kl * divergence, squared.detach()
+    return picture_loss(y_BCHW, x_BCHW, posterior, weights, kl)
 
 
 def fit(model: AutoencoderKL, crops: Sequence[Crops], recipe: Recipe, run: Run[AutoencoderKL]) -> None:
@@ -264,19 +247,12 @@ def fit(model: AutoencoderKL, crops: Sequence[Crops], recipe: Recipe, run: Run[A
         compute = compiled_or_plain(objective, examples, model, run.log)
     trainer = Trainer(model, run)
     for stage, source in zip(recipe.stages, crops, strict=True):
-        progress = Progress(told_of(stage), run.log, every=200)
+        progress = Progress(told_of(stage.batch * stage.side**2), run.log, every=200)
         while trainer.passed < stage.until:
             loss, squared = compute(model, source.draw(), source.weights, kl)
             trainer.step(loss)
             progress(squared, trainer)
     trainer.finish()
-
-
-def told_of(stage: Stage) -> Callable[[Sequence[float], float], str]:
-    def tell(means: Sequence[float], steps_per_second: float) -> str:
-        return f"training {psnr_and_speed(means[0], steps_per_second * stage.batch * stage.side**2)}"
-
-    return tell
 
 
 def latent_scaling(model: AutoencoderKL, crops: Crops) -> tuple[float, float]:
@@ -304,10 +280,7 @@ def save(model: AutoencoderKL, arch: AutoencoderKLArchConfig, folder: Path) -> N
 
 def load_saved(folder: Path) -> AutoencoderKL:
     """What was written, in float32 on the CPU."""
-    arch = AutoencoderKLArchConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    model = AutoencoderKL(VAEConfig(arch_config=arch))
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    return model.requires_grad_(False)
+    return read_checkpoint(folder, AutoencoderKL, AutoencoderKLArchConfig)
 
 
 def measure(photographs: Path, output: Path) -> None:
@@ -315,78 +288,43 @@ def measure(photographs: Path, output: Path) -> None:
     log, folder = Log(output / "log.txt"), output / "demo"
     stored = load_saved(folder)
     measured = list(demo_photographs.measure(stored, photographs, output / "held-out.png"))
-    table = "\n".join(f"| {m.name} | {m.width} × {m.height} | {m.psnr:.2f} | {m.ssim:.4f} |" for m in measured)
-    log(f"{HEADER}\n{table}\n{stored.arch}\nlowest {min(m.psnr for m in measured):.2f} dB")
+    rows = [(m.name, f"{m.width} × {m.height}", f"{m.psnr:.2f}", f"{m.ssim:.4f}") for m in measured]
+    found = table(("photograph", "size", "PSNR, dB", "SSIM"), rows)
+    log(f"{found}\n{stored.arch}\nlowest {min(m.psnr for m in measured):.2f} dB")
     shutil.copyfile(photographs / "held-out" / f"{SHIPPED}.jpg", folder / "photograph.jpg")
-    text = readme(stored.arch, history(output), table, sources(photographs))
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    card(stored.arch, found, read_sources(photographs)).write(folder, history(output))
     log("done")
 
 
-def readme(arch: AutoencoderKLArchConfig, run: str, table: str, photographs: Sequence[dict[str, Any]]) -> str:
+def card(arch: AutoencoderKLArchConfig, measured: str, photographs: Sequence[Mapping[str, Any]]) -> Card:
     """The README of the demo folder."""
-    shipped = next(each for each in photographs if each["name"] == SHIPPED)
-    lists: dict[bool, list[str]] = {False: [], True: []}
-    for each in photographs:
-        row = f"| {each['name']} | {each['package']} | {each['licence']} | {each['credit']} |"
-        lists[each["held_out"]].append(row)
-    return README.format(
-        run=run,
-        widths="-".join(map(str, arch.block_out_channels)),
-        latents=arch.latent_channels,
-        side=arch.spatial_compression_ratio,
-        header=HEADER,
-        table=table,
-        shipped=SHIPPED,
-        credit=shipped["credit"],
-        licence=shipped["licence"],
-        count=len(lists[False]),
-        trained="\n".join(lists[False]),
-        held_out="\n".join(lists[True]),
+    count = sum(not each["held_out"] for each in photographs)
+    return Card(
+        class_name="AutoencoderKL",
+        described=DESCRIBED.format(
+            widths="-".join(map(str, arch.block_out_channels)),
+            latents=arch.latent_channels,
+            side=arch.spatial_compression_ratio,
+        ),
+        compared=COMPARED,
+        table=measured,
+        script="train_demo_autoencoder_kl.py",
+        learns=LEARNS_PICTURES,
+        example="photograph.jpg",
+        shipped=f'{credit_of(SHIPPED, photographs)} It is the held-out photograph "{SHIPPED}" of the table.',
+        kind="Photographs",
+        sources=f"{count} photographs were trained on. They come in packages and are not part of this one:\n\n"
+        f"{source_tables(photographs)}",
     )
 
 
-README = """\
-# A miniature AutoencoderKL
-
+DESCRIBED = """\
 `diffusion_pytorch_model.safetensors` and `config.json` are a small but really trained `AutoencoderKL` in diffusers'
 layout: widths {widths}, {latents} latent channels, one latent for {side} × {side} pixels, stored in float16. It is
-there for demonstrations and tests. Its quality is that of a miniature; for work, load a published checkpoint.
-
-## How well it does
-
+there for demonstrations and tests. Its quality is that of a miniature; for work, load a published checkpoint."""
+COMPARED = """\
 Photographs that it was not trained on, sent whole through the mode of the posterior in float32 on a CPU, compared in
-8-bit levels:
-
-{header}
-{table}
-
-## How it was trained
-
-By `tools/train_demo_autoencoder_kl.py`:
-{run}
-The recipe stands at the top of that file: AdamW, mean squared error with small weights on the absolute errors of pixels
-and of their differences in the first stage, a small Kullback-Leibler term, and a moving average of the weights.
-
-## photograph.jpg
-
-{credit}; {licence}. It is the held-out photograph "{shipped}" of the table.
-
-## Photographs
-
-{count} photographs were trained on. They come in packages and are not part of this one:
-
-| name | from | licence | by |
-|---|---|---|---|
-{trained}
-
-Held out:
-
-| name | from | licence | by |
-|---|---|---|---|
-{held_out}
-"""
-HEADER = "| photograph | size | PSNR, dB | SSIM |\n|---|---|---|---|"
+8-bit levels:"""
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -287,10 +287,6 @@ def describe(arch: HunyuanVideoArchConfig) -> str:
     )
 
 
-def configuration(arch: HunyuanVideoArchConfig) -> dict[str, Any]:
-    return arch.to_dict()
-
-
 MINIATURE = Miniature(
     script="train_demo_gamecraft.py",
     class_name="AutoencoderKLHunyuanVideo",
@@ -299,7 +295,6 @@ MINIATURE = Miniature(
     recipes=RECIPES,
     initialised=initialised,
     with_statistics=with_statistics,
-    configuration=configuration,
     describe=describe,
 )
 

@@ -18,14 +18,11 @@ Shape legend: B batch, C channels; T frames, M mel bins, F frequencies, S sample
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import demo_video
+from demo_card import Card, read_sources, table
 from demo_training import (
-    WEIGHTS,
     Log,
     Objective,
     Optimisation,
@@ -43,12 +40,14 @@ from demo_training import (
     Trainer,
     Way,
     add_steps,
+    command_line,
     compiled_or_plain,
     history,
+    read_checkpoint,
     write_checkpoint,
 )
 from demo_video import POLISH_STAGES, SMALL_STAGES, Miniature, Recipe, orthogonal
-from demo_waves import read_wave, write_wave
+from demo_waves import Row, about_recordings, read_wave, write_wave
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_ltx2.audio import AutoencoderKLLTX2Audio
 from fastvideo_vae_ltx2.audio import ResidualBlock as AudioBlock
@@ -101,15 +100,14 @@ class AudioRecipe(Optimisation):
     gain: float = 1.0
 
 
-# The one of the recordings that ships, and its file.
-SHIPPED, RECORDING = "house", "recording.ogg"
+# The file of the one that ships.
+RECORDING = "recording.ogg"
 AUDIO_RECIPES = {"large": AudioRecipe(), "small": AudioRecipe(frames=65, batch=4)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    steps = parser.add_subparsers(dest="step", required=True)
-    add_steps(steps, demo_video.DATA, recipes=tuple(RECIPES), minutes=8.0, reserve=60.0)
+    parser, steps = command_line(__doc__)
+    demo_video.add_video_steps(steps, VIDEO_MINIATURE)
     preparing = steps.add_parser("prepare-audio", help="make spectrograms of recordings")
     preparing.add_argument("--recordings", type=Path, required=True, help="what train_demo_oobleck.py prepared")
     preparing.add_argument("--output", type=Path, required=True)
@@ -122,10 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_audio(AUDIO_RECIPES[options.recipe], options.mels, Way.of(options))
     elif options.step == "measure-audio":
         measure_audio(options.mels, options.output, options.device)
-    elif options.step == "train":
-        demo_video.train(VIDEO_MINIATURE, RECIPES[options.recipe], options.clips, options.photographs, Way.of(options))
     else:
-        demo_video.measure(VIDEO_MINIATURE, options.clips, options.photographs, options.output, options.device)
+        demo_video.perform(VIDEO_MINIATURE, options)
 
 
 # ---------------------------------------------------------------- video
@@ -169,10 +165,6 @@ def with_statistics(
     return arch, {**state, "latents_mean": mean, "latents_std": std}
 
 
-def configuration(arch: LTX2VideoArchConfig) -> dict[str, Any]:
-    return arch.to_dict()
-
-
 def describe(arch: LTX2VideoArchConfig) -> str:
     time, side = arch.ratios
     return (
@@ -189,7 +181,6 @@ VIDEO_MINIATURE = Miniature(
     recipes=RECIPES,
     initialised=initialised,
     with_statistics=with_statistics,
-    configuration=configuration,
     describe=describe,
 )
 
@@ -202,8 +193,7 @@ def prepare_audio(recordings: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     model = AutoencoderKLLTX2Audio(VAEConfig(arch_config=AudioRecipe().arch))
     mels = {}
-    listed: list[dict[str, Any]] = json.loads((recordings / "sources.json").read_text(encoding="utf-8"))
-    for each in listed:
+    for each in read_sources(recordings):
         folder = "held-out" if each["held_out"] else "training"
         x_CS = read_wave(recordings / folder / f"{each['name']}.wav")
         rate = round(x_CS.shape[1] / each["length"])
@@ -278,26 +268,20 @@ def initialised_audio(arch: LTX2AudioArchConfig) -> AutoencoderKLLTX2Audio:
 
 
 class Spectrograms:
-    """Random clips of all spectrograms, which lie in the device's memory in a row."""
+    """Random clips of all spectrograms."""
 
     def __init__(self, mels: Iterable[Tensor], recipe: AudioRecipe, device: str) -> None:
-        # What is too short goes on in silence.
-        long = [F.pad(m, (0, 0, 0, max(recipe.frames - m.shape[1], 0)), value=math.log(FLOOR)) for m in mels]
-        self.recipe, self.all_CTM = recipe, torch.cat(long, 1).to(device)
-        lengths = torch.tensor([mel.shape[1] for mel in long], device=device)
-        self.starts, self.room = lengths.cumsum(0) - lengths, lengths - recipe.frames + 1
-        self.chances = lengths.double().sqrt()
-        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.row = Row(mels, recipe.frames, device, seed=recipe.seed, silence=math.log(FLOOR))
 
     def draw(self) -> Tensor:
         """(B, 2, frames, M): cut, made louder or softer, their channels swapped."""
-        recipe, device = self.recipe, self.all_CTM.device
-        chosen = torch.multinomial(self.chances, recipe.batch, replacement=True, generator=self.generator)
-        first, loud, swap = torch.rand(3, recipe.batch, generator=self.generator, device=device)
-        start = self.starts[chosen] + (first * self.room[chosen]).long()
-        x_BCTM = self.all_CTM[:, start[:, None] + torch.arange(recipe.frames, device=device)].transpose(0, 1)
+        batch, generator = self.recipe.batch, self.row.generator
+        chosen = self.row.choose(batch)
+        first, loud, swap = torch.rand(3, batch, generator=generator, device=generator.device)
+        x_BCTM = self.row.cut(chosen, first)
         x_BCTM = torch.where(swap[:, None, None, None] < 0.5, x_BCTM.flip(1), x_BCTM)
-        gain = (2 * loud - 1) * recipe.gain
+        gain = (2 * loud - 1) * self.recipe.gain
         return (x_BCTM + gain[:, None, None, None]).clamp(min=math.log(FLOOR)).contiguous()
 
 
@@ -326,10 +310,7 @@ def save_audio(model: AutoencoderKLLTX2Audio, arch: LTX2AudioArchConfig, materia
 
 def load_audio(folder: Path) -> AutoencoderKLLTX2Audio:
     """What was written, in float32 on the CPU."""
-    arch = LTX2AudioArchConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    model = AutoencoderKLLTX2Audio(VAEConfig(arch_config=arch))
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    return model.requires_grad_(False)
+    return read_checkpoint(folder, AutoencoderKLLTX2Audio, LTX2AudioArchConfig)
 
 
 def measure_audio(mels: Path, output: Path, device: str) -> None:
@@ -337,7 +318,7 @@ def measure_audio(mels: Path, output: Path, device: str) -> None:
     log, folder = Log(output / "log.txt"), output / "demo"
     model = load_audio(folder).to(device)
     arch = model.arch
-    lines = []
+    rows = []
     for name, mel_CTM in read_mels(mels, "held-out").items():
         x_BCTM = mel_CTM[None].to(device)
         padded = model.pad_to_valid(x_BCTM)
@@ -346,13 +327,13 @@ def measure_audio(mels: Path, output: Path, device: str) -> None:
         error = (made - x_BCTM).abs().mean()
         spread = (x_BCTM - x_BCTM.mean()).abs().mean()
         seconds = x_BCTM.shape[2] * arch.mel_hop_length / arch.sample_rate
-        lines.append(f"| {name} | {seconds:.1f} s | {error * _DECIBELS:.2f} | {spread * _DECIBELS:.2f} |")
+        rows.append((name, f"{seconds:.1f} s", f"{error * _DECIBELS:.2f}", f"{spread * _DECIBELS:.2f}"))
         for kind, each in (("original", x_BCTM), ("made", made)):
             write_wave(output / f"{name}-{kind}.wav", griffin_lim(each[0], arch).cpu(), arch.sample_rate)
-    table = "\n".join(lines)
-    log(f"{HEADER}\n{table}")
+    measured = table(("recording", "length", "error, dB", "spread, dB"), rows)
+    log(measured)
     shutil.copyfile(mels / RECORDING, folder / RECORDING)
-    (folder / "README.md").write_text(readme(arch, history(output), table, mels), encoding="utf-8")
+    card(arch, measured, mels).write(folder, history(output))
     log("done")
 
 
@@ -371,72 +352,37 @@ def griffin_lim(mel_CTM: Tensor, arch: LTX2AudioArchConfig, rounds: int = 60) ->
     return torch.istft(spectrum, WINDOW, arch.mel_hop_length, window=window)
 
 
-def readme(arch: LTX2AudioArchConfig, run: str, table: str, mels: Path) -> str:
-    listed: list[dict[str, Any]] = json.loads((mels / "sources.json").read_text(encoding="utf-8"))
-    rows: dict[bool, list[str]] = {False: [], True: []}
-    for each in listed:
-        package = (each["package"][key] for key in ("requirement", "licence", "credit"))
-        rows[each["held_out"]].append("| " + " | ".join((each["name"], f"{each['length']:.0f} s", *package)) + " |")
-    shipped = next(each for each in listed if each["name"] == SHIPPED)
-    return README.format(
-        shipped=SHIPPED,
-        credit=shipped["package"]["credit"],
-        licence=shipped["package"]["licence"],
-        widths="-".join(map(str, arch.widths)),
-        latents=arch.latent_channels,
-        ratio=arch.ratio,
-        rate=arch.sample_rate,
-        run=run,
-        header=HEADER,
-        table=table,
-        trained="\n".join(rows[False]),
-        held_out="\n".join(rows[True]),
+def card(arch: LTX2AudioArchConfig, measured: str, mels: Path) -> Card:
+    """The README of the demo folder."""
+    return Card(
+        class_name="AutoencoderKLLTX2Audio",
+        described=DESCRIBED.format(
+            widths="-".join(map(str, arch.widths)),
+            latents=arch.latent_channels,
+            ratio=arch.ratio,
+            rate=arch.sample_rate,
+        ),
+        compared=COMPARED,
+        table=measured,
+        script="train_demo_ltx2.py",
+        learns=LEARNS,
+        example=RECORDING,
+        **about_recordings(mels),
     )
 
 
-README = """\
-# A miniature AutoencoderKLLTX2Audio
-
+DESCRIBED = """\
 `diffusion_pytorch_model.safetensors` and `config.json` are a small but really trained `AutoencoderKLLTX2Audio` in
 diffusers' layout: widths {widths}, {latents} latent channels, one latent for {ratio} frames of {ratio} mel bins of
 spectrograms of stereo sound at {rate} Hz, stored in float16. It is there for demonstrations and tests. Its quality is
 that of a miniature; for work, load a published checkpoint. No vocoder comes with it: to hear the table,
-`tools/train_demo_ltx2.py measure-audio` makes waveforms of both spectrograms by Griffin and Lim's algorithm.
-
-## How well it does
-
+`tools/train_demo_ltx2.py measure-audio` makes waveforms of both spectrograms by Griffin and Lim's algorithm."""
+COMPARED = """\
 Spectrograms of recordings, or parts of recordings, that it was not trained on, sent whole through the mode of the
-posterior in float32. The error is the mean distance of levels; the spread is the error of a single level for all:
-
-{header}
-{table}
-
-## How it was trained
-
-By `tools/train_demo_ltx2.py`:
-{run}
-The recipe stands at the top of that file: AdamW, the absolute error of logarithmic levels with a small weight on the
-squared one, a small Kullback-Leibler term, and a moving average of the weights.
-
-## recording.ogg
-
-{credit}; {licence}. It is the held-out recording "{shipped}" of the table.
-
-## Recordings
-
-These were trained on. They come in packages and are not part of this one:
-
-| name | length | from | licence | by |
-|---|---|---|---|---|
-{trained}
-
-Held out:
-
-| name | length | from | licence | by |
-|---|---|---|---|---|
-{held_out}
-"""
-HEADER = "| recording | length | error, dB | spread, dB |\n|---|---|---|---|"
+posterior in float32. The error is the mean distance of levels; the spread is the error of a single level for all:"""
+LEARNS = """\
+the absolute error of logarithmic levels with a small weight on the
+squared one, a small Kullback-Leibler term, and a moving average of the weights."""
 
 # Of a neper.
 _DECIBELS = 20 / math.log(10)

@@ -11,23 +11,18 @@ Shape legend: B batch, C channels; S samples, s latents.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
+from demo_card import Card, table, write_sources
 from demo_training import (
-    WEIGHTS,
     Log,
     Optimisation,
     Progress,
@@ -35,10 +30,12 @@ from demo_training import (
     Trainer,
     Way,
     add_steps,
+    command_line,
     history,
+    read_checkpoint,
     write_checkpoint,
 )
-from demo_waves import read_wave, write_wave
+from demo_waves import SHIPPED, Row, about_recordings, read_wave, write_wave
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_oobleck.checkpoint import weight_norm_state_dict
 from fastvideo_vae_oobleck.config import OobleckArchConfig
@@ -82,8 +79,7 @@ RECIPES = {"large": Recipe(), "small": Recipe(samples=4096, batch=4, windows=(10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    steps = parser.add_subparsers(dest="step", required=True)
+    parser, steps = command_line(__doc__)
     preparing = steps.add_parser("prepare", help="collect the recordings into a folder")
     preparing.add_argument("--output", type=Path, required=True)
     add_steps(
@@ -147,7 +143,7 @@ def prepare(output: Path) -> None:
                 shutil.copyfile(source, output / f"recording{source.suffix}")
             listed.append({**asdict(recording), "length": x_CS.shape[1] / RATE})
             print(f"{folder.name}/{recording.name}  {x_CS.shape[1] / RATE:.1f} s", flush=True)
-    (output / "sources.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_sources(output, listed)
 
 
 # -------------------------------------------------------------------- train
@@ -186,25 +182,17 @@ def initialised(arch: OobleckArchConfig) -> AutoencoderOobleck:
 
 
 class Clips:
-    """Random clips of all recordings, which lie in the device's memory in a row."""
+    """Random clips of all recordings."""
 
     def __init__(self, recordings: Sequence[Tensor], recipe: Recipe, device: str) -> None:
-        long = [F.pad(x_CS, (0, max(recipe.samples - x_CS.shape[1], 0))) for x_CS in recordings]
-        self.samples, self.batch = recipe.samples, recipe.batch
-        self.all_CS = torch.cat(long, 1).to(device)
-        lengths = torch.tensor([x_CS.shape[1] for x_CS in long], device=device)
-        self.starts, self.room = lengths.cumsum(0) - lengths, lengths - recipe.samples + 1
-        self.chances = lengths.double().sqrt()
-        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.row, self.batch = Row(recordings, recipe.samples, device, seed=recipe.seed), recipe.batch
 
     def draw(self) -> Tensor:
         """(B, 2, samples): cut, made louder or softer, their channels swapped, the sign turned, some made mono."""
-        device, batch = self.all_CS.device, self.batch
-        chosen = torch.multinomial(self.chances, batch, replacement=True, generator=self.generator)
-        first, loud, flags = torch.rand(3, batch, 4, generator=self.generator, device=device)
-        start = self.starts[chosen] + (first[:, 0] * self.room[chosen]).long()
-        index = start[:, None] + torch.arange(self.samples, device=device)
-        x_BCS = self.all_CS[:, index].transpose(0, 1)
+        generator = self.row.generator
+        chosen = self.row.choose(self.batch)
+        first, loud, flags = torch.rand(3, self.batch, 4, generator=generator, device=generator.device)
+        x_BCS = self.row.cut(chosen, first[:, 0])
         x_BCS = torch.where(flags[:, 0, None, None] < 0.5, x_BCS.flip(1), x_BCS)
         x_BCS = torch.where(flags[:, 1, None, None] < 0.1, x_BCS.mean(1, keepdim=True), x_BCS)
         gain = 10 ** (loud[:, 0] * 0.9 - 0.6) * torch.where(flags[:, 2] < 0.5, -1.0, 1.0)
@@ -264,25 +252,25 @@ def measure(recordings: Path, output: Path, device: str) -> None:
     """Complete the demo folder of a run from what its files themselves give back."""
     log, folder = Log(output / "log.txt"), output / "demo"
     model = load_saved(folder).to(device)
-    table = "\n".join(ratios(model, recordings, output))
-    log(f"{HEADER}\n{table}")
+    measured = table(("recording", "length", "SI-SDR, dB"), ratios(model, recordings, output))
+    log(measured)
     shipped = next(recordings.glob("recording.*"))
     shutil.copyfile(shipped, folder / shipped.name)
-    (folder / "README.md").write_text(readme(model.arch, history(output), table, recordings), encoding="utf-8")
+    card(model.arch, measured, recordings).write(folder, history(output))
     log("done")
 
 
-def ratios(model: AutoencoderOobleck, recordings: Path, output: Path) -> list[str]:
-    """A line of the table for each held-out recording, through the mode of the posterior; and files to listen to."""
-    lines = []
+def ratios(model: AutoencoderOobleck, recordings: Path, output: Path) -> list[tuple[str, ...]]:
+    """A row of the table for each held-out recording, through the mode of the posterior; and files to listen to."""
+    rows: list[tuple[str, ...]] = []
     for path in sorted((recordings / "held-out").glob("*.wav")):
         x = read_wave(path)[None].to(model.device)
         with torch.inference_mode():
             z = model.encode(model.pad_to_valid(x)).latent_dist.mode()
             made = model.crop_to(model.decode(z).sample, x.shape)
         write_wave(output / f"{path.stem}-made.wav", made[0].cpu(), RATE)
-        lines.append(f"| {path.stem} | {x.shape[2] / RATE:.1f} s | {float(si_sdr(made, x)):.2f} |")
-    return lines
+        rows.append((path.stem, f"{x.shape[2] / RATE:.1f} s", f"{float(si_sdr(made, x)):.2f}"))
+    return rows
 
 
 def save(model: AutoencoderOobleck, arch: OobleckArchConfig, folder: Path) -> None:
@@ -295,83 +283,44 @@ def save(model: AutoencoderOobleck, arch: OobleckArchConfig, folder: Path) -> No
 
 def load_saved(folder: Path) -> AutoencoderOobleck:
     """What was written, in float32."""
-    arch = OobleckArchConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    model = AutoencoderOobleck(VAEConfig(arch_config=arch))
-    stored = load_file(folder / WEIGHTS)
-    plain = {name.removesuffix("_v"): tensor for name, tensor in stored.items() if not name.endswith("weight_g")}
-    model.load_state_dict(plain)
-    return model.eval().requires_grad_(False)
+
+    def plain(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removesuffix("_v"): tensor for name, tensor in stored.items() if not name.endswith("weight_g")}
+
+    return read_checkpoint(folder, AutoencoderOobleck, OobleckArchConfig, plain).eval()
 
 
-def readme(arch: OobleckArchConfig, run: str, table: str, recordings: Path) -> str:
+def card(arch: OobleckArchConfig, measured: str, recordings: Path) -> Card:
     """The README of the demo folder."""
-    listed: list[dict[str, Any]] = json.loads((recordings / "sources.json").read_text(encoding="utf-8"))
-    rows: dict[bool, list[str]] = {False: [], True: []}
-    for each in listed:
-        cells = (
-            each["name"],
-            f"{each['length']:.0f} s",
-            *(each["package"][key] for key in ("requirement", "licence", "credit")),
-        )
-        rows[each["held_out"]].append("| " + " | ".join(cells) + " |")
-    shipped = next(each for each in listed if each["name"] == SHIPPED)
-    return README.format(
-        run=run,
-        strides="-".join(map(str, arch.downsampling_ratios)),
-        latents=arch.decoder_input_channels,
-        hop=arch.hop_length,
-        rate=arch.sampling_rate,
-        header=HEADER,
-        table=table,
-        shipped=SHIPPED,
-        credit=shipped["package"]["credit"],
-        licence=shipped["package"]["licence"],
-        trained="\n".join(rows[False]),
-        held_out="\n".join(rows[True]),
+    return Card(
+        class_name="AutoencoderOobleck",
+        described=DESCRIBED.format(
+            strides="-".join(map(str, arch.downsampling_ratios)),
+            latents=arch.decoder_input_channels,
+            hop=arch.hop_length,
+            rate=arch.sampling_rate,
+        ),
+        compared=COMPARED,
+        table=measured,
+        script="train_demo_oobleck.py",
+        learns=LEARNS,
+        example="The recording",
+        **about_recordings(recordings),
     )
 
 
-README = """\
-# A miniature AutoencoderOobleck
-
+DESCRIBED = """\
 `diffusion_pytorch_model.safetensors` and `config.json` are a small but really trained `AutoencoderOobleck` in
 diffusers' layout: strides {strides}, {latents} latent channels, one latent for {hop} samples in stereo at {rate} Hz,
 stored in float16. It is there for demonstrations and tests. Its quality is that of a miniature; for work, load a
-published checkpoint.
-
-## How well it does
-
-Recordings, or parts of recordings, that it was not trained on, sent whole through the mode of the posterior in float32:
-
-{header}
-{table}
-
-## How it was trained
-
-By `tools/train_demo_oobleck.py`:
-{run}
-The recipe stands at the top of that file: AdamW, the absolute error of the waveform, magnitudes of short-time Fourier
-transforms at several resolutions, a small Kullback-Leibler term, and a moving average of the weights.
-
-## The recording
-
-{credit}; {licence}. It is the held-out recording "{shipped}" of the table.
-
-## Recordings
-
-These were trained on. They come in packages and are not part of this one:
-
-| name | length | from | licence | by |
-|---|---|---|---|---|
-{trained}
-
-Held out:
-
-| name | length | from | licence | by |
-|---|---|---|---|---|
-{held_out}
-"""
-HEADER = "| recording | length | SI-SDR, dB |\n|---|---|---|"
+published checkpoint."""
+COMPARED = (
+    "Recordings, or parts of recordings, that it was not trained on, sent whole through the mode of the posterior in"
+    " float32:"
+)
+LEARNS = """\
+the absolute error of the waveform, magnitudes of short-time Fourier
+transforms at several resolutions, a small Kullback-Leibler term, and a moving average of the weights."""
 
 # The norms are stored in float32, beside directions of the same number of values.
 LARGEST_WEIGHTS_BYTES = 2_940_000
@@ -389,8 +338,6 @@ _PYGAME = Package(
 _MUSIC = "arcade/resources/assets/music"
 _SPEECH = "usr/share/sounds/alsa"
 _EXAMPLES = "pygame/examples/data"
-# The one that the package ships: in the public domain, and held out.
-SHIPPED = "house"
 CATALOGUE = (
     Recording(name="robot", member=f"{_MUSIC}/funkyrobot.mp3", start=4, seconds=60, package=_ARCADE),
     Recording(

@@ -8,16 +8,18 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvideo_vae_core.metrics import psnr
 from fastvideo_vae_core.plan import Direction
 from fastvideo_vae_core.testing.conformance import ConformanceSuite
 from fastvideo_vae_core.testing.contract.hooks import distance
 from fastvideo_vae_core.testing.golden import ENVIRONMENT, fill, golden_path, load_golden, make_input, make_tensor
+from fastvideo_vae_core.testing.miniature import VideoMiniatureSuite
 from fastvideo_vae_core.testing.parity import Divergence, assert_close, first_divergence, relative_error
 from fastvideo_vae_core.testing.toys import Past, Toy, ToyImage, ToyVideo, toy
 from fastvideo_vae_core.tiling import Axis, Step
@@ -282,6 +284,88 @@ class TestTheSuiteSeesWhatIsWrong:
         fixtures = {name: models[name] for name in inspect.signature(method).parameters if name in models}
         with pytest.raises(AssertionError):
             method(**fixtures, **arguments)
+
+
+class ToySuite(VideoMiniatureSuite):
+    """A miniature whose clip is noise."""
+
+    model = ToyVideo
+    least_psnr = 26.0
+    at: ClassVar[Path]
+
+    @classmethod
+    def folder(cls) -> Path:
+        return cls.at
+
+    @classmethod
+    def example(cls) -> Path:
+        return cls.at / "clip.mp4"
+
+    @classmethod
+    def load(cls) -> Toy:
+        return toy(ToyVideo)
+
+    @classmethod
+    def read(cls, frames: int) -> Tensor:
+        return make_input("clip", (1, 2, 5, 8, 12), "video")
+
+
+class TestTheSuiteOfMiniaturesSeesWhatIsWrong:
+    @pytest.fixture
+    def suite(self, tmp_path: Path) -> ToySuite:
+        """All that it asks of files is true."""
+
+        class Suite(ToySuite):
+            at = tmp_path
+
+        for name in ("config.json", "diffusion_pytorch_model.safetensors", "clip.mp4"):
+            (tmp_path / name).touch()
+        suite = Suite()
+        x = suite.read(9)
+        row = f"| bunny | 5 × 12 × 8 | {float(psnr(x, suite.load()(x))):.2f} | 0.9 |\n"
+        (tmp_path / "README.md").write_text(row, encoding="utf-8")
+        return suite
+
+    def test_it_passes_what_is_right(self, suite: ToySuite) -> None:
+        suite.test_it_is_small()
+        suite.test_the_readme_states_what_the_files_give(suite.load())
+        z = make_input("latents", (1, 3, 4, 32, 32), "latent")
+        suite.test_normalised_latents_are_standard(suite.load(), suite.load().denormalize_latents(z))
+
+    @pytest.mark.parametrize(
+        ("name", "size"),
+        [
+            ("diffusion_pytorch_model.safetensors", 3_000_001),
+            ("clip.mp4", 300_001),
+            ("weights.pt", 1),
+            ("README.md", None),
+        ],
+    )
+    def test_files(self, suite: ToySuite, name: str, size: int | None) -> None:
+        path = suite.folder() / name
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(bytes(size))
+        with pytest.raises(AssertionError):
+            suite.test_it_is_small()
+
+    def test_a_clip_that_does_not_come_back(self, suite: ToySuite) -> None:
+        vae, x = suite.load(), suite.read(9)
+        with pytest.raises(AssertionError):
+            suite.test_the_clip_comes_back(vae, x, vae.encode(x).latent_dist.mode())
+
+    @pytest.mark.parametrize("row", ["| bunny | 5 × 12 × 8 | 99.00 | 0.9 |", "| bunny | 5 × 12 × 9 | 9.00 | 0.9 |", ""])
+    def test_a_readme_that_states_something_else(self, suite: ToySuite, row: str) -> None:
+        (suite.folder() / "README.md").write_text(row, encoding="utf-8")
+        with pytest.raises(AssertionError):
+            suite.test_the_readme_states_what_the_files_give(suite.load())
+
+    @pytest.mark.parametrize(("gain", "shift"), [(3.0, 0.0), (0.1, 0.0), (1.0, 1.0)])
+    def test_latents_that_are_not_standard(self, suite: ToySuite, gain: float, shift: float) -> None:
+        z = make_input("latents", (1, 3, 4, 32, 32), "latent") * gain + shift
+        with pytest.raises(AssertionError):
+            suite.test_normalised_latents_are_standard(suite.load(), suite.load().denormalize_latents(z))
 
 
 class TestRules:
