@@ -142,21 +142,22 @@ class _Search:
         room = [self.budget - (seen.peak - max(each.peak for each in seen.steps))] * len(places)
         # What a step takes beside the grids, which the model knows.
         beside = [each.peak - sum(live) for each, live in zip(seen.steps, model.live(places), strict=True)]
-        fitting: Plan | None = None
+        fitting = list[Plan]()
         for _ in range(_ATTEMPTS):
             found = model.fastest(places, large, [have - need for have, need in zip(room, beside, strict=True)])
             if found is None:
                 break
             tried = replace(plan, places=found[0], host_shares=found[1])
             fits = self._first([tried]) is not None
-            # To compute anew takes memory that the model does not know, and grids that stay on the device take none.
+            if fits and fitting and (tried == fitting[-1] or self.slowness(tried) > self.slowness(fitting[-1])):
+                break
+            if fits:
+                fitting.append(tried)
+            # To compute anew takes memory that the model does not know, and grids that stay on the device take none;
+            # what fits is tried again with what the steps took.
             taken = zip(beside, tried.forecast.steps, model.live(*found), strict=True)
             beside = [max(each.peak - sum(live), 0 if fits else known) for known, each, live in taken]
-            if fits:
-                if fitting is not None and (tried == fitting or self.slowness(tried) > self.slowness(fitting)):
-                    break
-                fitting = tried
-        return fitting or self._first([replace(plan, host_shares=all_)])
+        return fitting[-1] if fitting else self._first([replace(plan, host_shares=all_)])
 
     @property
     def _extent(self) -> tuple[int, ...]:

@@ -405,8 +405,11 @@ class Making:
         parts = [each for begin, each in memory.pop(_WAITING, ()) if begin == start]
         if first < last:
             parts.append(dense(self.step.run(crops, self.moments, **known)))
-        made = torch.cat(parts, 2) if len(parts) > 1 else parts[0] if parts else memory[_LIKE]()
-        memory[_LIKE] = partial(torch.empty, made.shape, dtype=made.dtype, device="meta", memory_format=layout_of(made))
+            like = parts[-1]
+            memory[_LIKE] = partial(torch.empty, like.shape, dtype=like.dtype, device="meta", memory_format=layout_of(like))
+        elif not parts:
+            return memory[_LIKE]()[:, :, : stop - start]
+        made = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         if made.shape[2] > stop - start:
             memory[_WAITING] = [(stop, made[:, :, stop - start :])]
         return made[:, :, : stop - start]
@@ -457,12 +460,13 @@ def kind_of(making: Making) -> Hashable:
     if making.memories is None:
         return sizes
     _, wanted = making.needs
-    near = []
+    kinds = list[Hashable]()
     for grid, region in wanted.items():
+        kinds.append(tuple(last - first for first, last in region))
         if isinstance(grid, Slabs):
             first, last = region[grid.axis - 2]
-            near.append(tuple(slab.on_host for slab in grid.slabs if slab.span[0] < last and slab.span[1] > first))
-    return sizes, *near
+            kinds += [slab.on_host for slab in grid.slabs if slab.span[0] < last and slab.span[1] > first]
+    return tuple(kinds)
 
 
 def in_turns(slabs: int, share: float) -> list[float]:

@@ -10,7 +10,7 @@ borders spoiled is cut off.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -341,8 +341,9 @@ def _run_step(
     slabs = Slabs(index=-1, sizes=wanted, axis=axis + 2, entire=memories is not None)
     shares = in_turns(len(areas), host_share) if slabs.entire else [host_share] * len(areas)
     needed = passed_by(makings, dying)
-    kinds = [(kind_of(making), share) for making, share in zip(makings, shares, strict=True)]
-    tiles = excerpt(range(len(makings)), lambda index: kinds[index])
+    # Where slabs come and go in turns no tile is like another.
+    turns = slabs.entire and (any(shares) or any(slab.on_host for grid in dying for slab in grid.slabs))
+    tiles = excerpt(range(len(makings)), lambda index: index if turns else kind_of(makings[index]))
     made: Tensor | None = None
     gathered = list[Moments]()
     like: Callable[[Region], Tensor] = partial(_blank, (1, 1), torch.float32, torch.contiguous_format)
@@ -371,8 +372,6 @@ def _run_step(
             if not index:
                 # What the step before has left.
                 courier.let_go()
-                if slabs.entire and place == "slabs" and rehearsal() is not None:
-                    _rehearse_fullest(tiles, kinds, _filled(makings, shares, dying, needed, piece))
             done()
             like = partial(_blank, piece.shape[:2], piece.dtype, layout_of(piece))
             for grid in dying:
@@ -396,34 +395,6 @@ def _run_step(
             del piece
     courier.turn()
     return slabs if place == "slabs" else made, Moments.merged(gathered) if gathered else None
-
-
-def _filled(
-    makings: Sequence[Making],
-    shares: Sequence[float],
-    dying: Sequence[Slabs],
-    needed: Sequence[Mapping[Slabs, int]],
-    piece: Tensor,
-) -> list[float]:
-    """Bytes on the device, in front of each tile, of slabs that go and of those that have come; the first tile is
-    there."""
-    frame, come, found = piece.nbytes / piece.shape[2], 0.0, []
-    for index, (making, share) in enumerate(zip(makings, shares, strict=True)):
-        left = ((slab, needed[index - 1][grid] if index else 0) for grid in dying for slab in grid.slabs)
-        found.append(come + sum(slab.data.nbytes for slab, first in left if not slab.on_host and slab.span[1] > first))
-        start, stop = making.region[0]
-        come += (1.0 - share) * (stop - start) * frame
-    return found
-
-
-def _rehearse_fullest(tiles: list[tuple[int, int]], kinds: Sequence[Hashable], filled: Sequence[float]) -> None:
-    """Of each kind of tiles compute the one, too, that finds the device fullest: slabs do not come and go evenly."""
-    for kind in set(kinds):
-        alike = [index for index, each in enumerate(kinds) if each == kind]
-        fullest = max(alike, key=lambda index: filled[index])
-        last = alike[-1]
-        if not tiles[fullest][1]:
-            tiles[fullest], tiles[last] = (fullest, 1), (last, tiles[last][1] - 1)
 
 
 def slide(axis: Axis, chunks: Iterable[Tensor], run: Callable[[Tensor], Tensor], tile: int) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ _TILE = 8192
 _READ = 4096
 _PROGRAMS = 1024
 # Channels of a group, where there are not more, for which one program is compiled; and partial moments at a time.
-_WIDEST, _CHUNK = 16, 64
+_WIDEST, _CHUNK = 16, 256
 
 
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm, silu: bool, bias: Tensor | None = None) -> Tensor:
