@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +15,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvideo_vae_core.errors import ConfigError
-from fastvideo_vae_core.memory import format_bytes, matrix_workspace, parse_bytes, predicted_peak
+from fastvideo_vae_core.grids import Place
+from fastvideo_vae_core.memory import (
+    Forecast,
+    Recalled,
+    forecast,
+    format_bytes,
+    matrix_workspace,
+    parse_bytes,
+    predicted_peak,
+    rehearsed_once,
+    repeating,
+    until_steady,
+)
+from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.testing.toys import ToyImage, toy
+from fastvideo_vae_core.tiling import Axis, Step, run_steps
 
 X = (1, 4, 16, 16)
 # Bytes of one tensor like X in float32.
@@ -110,6 +129,72 @@ def test_small_tiles_need_less_than_the_whole() -> None:
     assert peaks == sorted(peaks, reverse=True)
     # The tiled plan still holds the grids on both sides of a step; less than the normalised copy must have gone.
     assert peaks[-1] < 0.9 * peaks[0]
+
+
+class TestWhatIsRehearsedOnce:
+    """What rehearsals remember says the same as doing it again."""
+
+    CONV, WIDE = (nn.Conv2d(4, 4, 3, padding=1, device="meta") for _ in range(2))
+
+    def steps(self, ran: list[str]) -> list[Step]:
+        conv, wide = self.CONV, self.WIDE
+        left: list[Tensor] = []
+
+        def plain(grids: Sequence[Tensor], _: object) -> Sum:
+            ran.append("plain")
+            return Sum(conv(grids[0]), grids[0][:, :, :], conv.bias)
+
+        def leaving(grids: Sequence[Tensor], _: object) -> Tensor:
+            ran.append("leaving")
+            if not left:
+                left.append(wide.weight.repeat(8, 8, 8, 8))
+            return wide(grids[0] + 1)
+
+        axes = (Axis(before=1, after=1),) * 2
+        return [
+            Step(name="plain", run=plain, axes=axes),
+            Step(name="leaving", run=leaving, axes=axes),
+            Step(name="plain again", run=plain, axes=axes, writes="y"),
+            Step(name="both", run=lambda grids, _: grids[0] * grids[1], axes=(Axis(),) * 2, reads=("y", "x")),
+        ]
+
+    def seen(self, ran: list[str], places: tuple[Place, ...], recalled: Recalled | None) -> Forecast:
+        steps, weights = self.steps(ran), [*self.CONV.parameters(), *self.WIDE.parameters()]
+
+        def run(x: Tensor) -> Tensor:
+            with repeating(steps) if recalled is not None else nullcontext():
+                return run_steps(steps, x, (5, 64), places, (0.4,) * 4)
+
+        found = forecast(run, (1, 4, 64, 64), torch.float32, torch.device("cuda"), weights, recalled)
+        return replace(found, steps=[(each.made, each.peak, each.work, each.kept) for each in found.steps])
+
+    def test_it_takes_the_same(self) -> None:
+        recalled, ran, again = Recalled(), list[str](), list[str]()
+        for places in itertools.product(("device", "slabs", "anew"), repeat=3):
+            all_ = (*places, "device")
+            assert self.seen(ran, all_, recalled) == self.seen(again, all_, None)
+        # The sizes of a crop at the top, in between and at the bottom; and where weights are left, once for each of 27.
+        assert ran.count("plain") < 40 < again.count("plain")
+        assert 27 <= ran.count("leaving") < 60 < again.count("leaving")
+
+    def test_outside_of_a_rehearsal_all_is_done(self) -> None:
+        part, x = object(), torch.ones(3)
+        with repeating([part]):
+            assert [float(rehearsed_once(part, lambda by: x.sum() * by, [x], by)) for by in (1, 1, 2)] == [3, 3, 6]
+
+
+def test_what_leaves_the_state_as_it_was_stands_for_those_that_follow() -> None:
+    def run(x: Tensor) -> list[tuple[int, int]]:
+        done = list[tuple[int, int]]()
+        for item, times in until_steady([5, 5, 5, 5, 5, 5, 5, 2], lambda item: item, lambda: min(len(done), 3)):
+            done.append((item, times))
+        found.append(done)
+        return done
+
+    found: list[list[tuple[int, int]]] = []
+    forecast(run, X, torch.float32)
+    run(torch.zeros(X))
+    assert found == [[(5, 1), (5, 1), (5, 1), (5, 1), (5, 3), (2, 1)], [(5, 1)] * 7 + [(2, 1)]]
 
 
 class TestSizes:

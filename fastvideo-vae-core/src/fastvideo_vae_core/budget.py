@@ -15,7 +15,7 @@ from fastvideo_vae_core.errors import MemoryBudgetError
 from fastvideo_vae_core.grids import Anew, Grid, Making, Memories, Place, Region, follow
 from fastvideo_vae_core.memory import format_bytes
 from fastvideo_vae_core.plan import Plan
-from fastvideo_vae_core.tiling import Part, Passed, crop_sizes, regions
+from fastvideo_vae_core.tiling import Axis, Part, Passed, crop_sizes, regions
 
 # Of an H100: multiplications of 16-bit convolutions a second, as whole decoders reach them, and bytes a second over
 # PCIe from and to pinned memory, in each direction. Other GPUs are slower in both.
@@ -83,6 +83,7 @@ class _Search:
         self.smallest = replace(plan, items=1, chunk=self.chunks[-1] if self.chunks else plan.chunk)
         self.least: int = plan.peak_bytes
         self._steps: Sequence[Passed] | None = None
+        self._models: dict[tuple[tuple[int, ...], ...], Model] = {}
 
     def untiled(self) -> Plan | None:
         """The plan, or with smaller pieces."""
@@ -126,9 +127,15 @@ class _Search:
 
     def slowness(self, plan: Plan) -> float:
         """Estimated time as a multiple of the whole's."""
-        assert plan.tile is not None
-        model = Model(self.steps, plan.tiles or (plan.tile,) * len(self.steps))
+        model = self._model(plan)
         return model.time(plan.places, plan.host_shares) / model.whole
+
+    def _model(self, plan: Plan) -> Model:
+        assert plan.tile is not None
+        tiles = plan.tiles or (plan.tile,) * len(self.steps)
+        if tiles not in self._models:
+            self._models[tiles] = Model(self.steps, tiles)
+        return self._models[tiles]
 
     def _in_slabs(self, tile: tuple[int, ...]) -> Plan | None:
         large = [index for index, each in enumerate(self.steps[:-1]) if each.made > _SMALL * self.budget]
@@ -138,7 +145,7 @@ class _Search:
         if self._first([replace(plan, host_shares=all_)]) is None:
             return None
         seen = plan.forecast
-        model = Model(self.steps, (tile,) * len(self.steps))
+        model = self._model(plan)
         room = [self.budget - (seen.peak - max(each.peak for each in seen.steps))] * len(places)
         # What a step takes beside the grids, which the model knows.
         beside = [each.peak - sum(live) for each, live in zip(seen.steps, model.live(places), strict=True)]
@@ -172,7 +179,7 @@ class _Search:
         """The same with two, four or more slabs as one in the steps that have memory for it, such as those of coarse
         grids: each slab's halo is put together once more, and asked for."""
         assert plan.tile is not None
-        model, seen = Model(self.steps, (plan.tile,) * len(self.steps)), plan.forecast
+        model, seen = self._model(plan), plan.forecast
         room = self.budget - (seen.peak - max(each.peak for each in seen.steps))
         frames = self._along_frames(plan.tile)
         times = []
@@ -225,6 +232,10 @@ class Model:
         self.steps = steps
         self.whole = sum(max(each.work / _MULTIPLICATIONS, _ASKING) for each in steps)
         self._regions = [_kinds(each, tile) for each, tile in zip(steps, tiles, strict=True)]
+        self._sizes = {-1: steps[0].sizes}
+        for index, each in enumerate(steps):
+            self._sizes[index] = tuple(map(Axis.output_size, each.step.axes, each.sizes))
+        self._known: dict[tuple[int, frozenset[int]], tuple[float, float, list[tuple[int, int, float]]]] = {}
 
     def fastest(
         self, places: Sequence[Place], large: Sequence[int], room: Sequence[int]
@@ -269,7 +280,9 @@ class Model:
         possible = [shares for shares in found if shares is not None]
 
         def cost(shares: tuple[float, ...]) -> tuple[float, float]:
-            moved = (each.made * share * (1 + reads[index]) for index, (each, share) in enumerate(zip(self.steps, shares)))
+            moved = (
+                each.made * share * (1 + reads[index]) for index, (each, share) in enumerate(zip(self.steps, shares))
+            )
             return round(self.time(places, shares), 4), sum(moved)
 
         return min(possible, key=cost, default=None)
@@ -330,33 +343,55 @@ class Model:
         return found
 
     def _times(self, places: Sequence[Place], shares: Sequence[float]) -> Iterator[float]:
-        grids = {-1: Grid(index=-1, sizes=self.steps[0].sizes)}
         for index, each in enumerate(self.steps):
             place = places[index] if places else "device"
-            reads = tuple(grids[read] for read in each.reads)
-            sizes = tuple(axis.output_size(size) for axis, size in zip(each.step.axes, each.sizes, strict=True))
-            if place == "anew":
-                grids[index] = Anew(index=index, sizes=sizes, step=each.step, reads=reads, moments=None)
-            else:
-                grids[index] = Grid(index=index, sizes=sizes)
             if place == "anew" and not each.following:
                 continue
-            work = up = asked = 0.0
-            memories: Memories | None = {} if follow(each.step, reads, [area for area, _ in self._regions[index]]) else None
-            for region, times in self._regions[index]:
-                making = Making(each.step, reads, None, region, memories)
-                before, wanted = making.needs
-                makings: list[tuple[Grid | None, Making]] = [(None, making), *before]
-                asked += times * len(makings)
-                for grid, part in makings:
-                    source = self.steps[index if grid is None else grid.index]
-                    work += times * source.work * _share(source, part)
-                for grid, box in wanted.items():
-                    if grid.index >= 0 and shares and shares[grid.index] and not isinstance(grid, Anew):
-                        near = math.prod((b - a) / size for (a, b), size in zip(box, grid.sizes, strict=True))
-                        up += times * shares[grid.index] * self.steps[grid.index].made * near
+            work, asked, read = self._needs(index, self._anew(index, places))
+            up = 0.0
+            if shares:
+                for grid, times, near in read:
+                    up += times * shares[grid] * self.steps[grid].made * near
             down = shares[index] * each.made if shares and place == "slabs" else 0.0
             yield max(work / _MULTIPLICATIONS, up / _BYTES, down / _BYTES, asked * _ASKING)
+
+    def _anew(self, index: int, places: Sequence[Place]) -> frozenset[int]:
+        """The grids that a step computes anew for what it reads."""
+        found, left = set[int](), list(self.steps[index].reads if places else ())
+        while left:
+            grid = left.pop()
+            if grid >= 0 and places[grid] == "anew" and grid not in found:
+                found.add(grid)
+                left += self.steps[grid].reads
+        return frozenset(found)
+
+    def _needs(self, index: int, anew: frozenset[int]) -> tuple[float, float, list[tuple[int, int, float]]]:
+        """Of a step, where these grids are computed anew: its multiplications, what it asks for, and how much it reads
+        of which other grids, each for so many tiles."""
+        if (index, anew) in self._known:
+            return self._known[index, anew]
+        step, grids = self.steps[index], {each: Grid(index=each, sizes=sizes) for each, sizes in self._sizes.items()}
+        for each in sorted(anew):
+            source, sizes = self.steps[each], self._sizes[each]
+            reads = tuple(grids[grid] for grid in source.reads)
+            grids[each] = Anew(index=each, sizes=sizes, step=source.step, reads=reads, moments=None)
+        work, asked, read = 0.0, 0.0, list[tuple[int, int, float]]()
+        reads = tuple(grids[grid] for grid in step.reads)
+        memories: Memories | None = {} if follow(step.step, reads, [area for area, _ in self._regions[index]]) else None
+        for region, times in self._regions[index]:
+            making = Making(step.step, reads, None, region, memories)
+            before, wanted = making.needs
+            makings: list[tuple[Grid | None, Making]] = [(None, making), *before]
+            asked += times * len(makings)
+            for made, part in makings:
+                source = step if made is None else self.steps[made.index]
+                work += times * source.work * _share(source, part)
+            for grid, box in wanted.items():
+                if grid.index >= 0 and not isinstance(grid, Anew):
+                    near = math.prod((b - a) / size for (a, b), size in zip(box, grid.sizes, strict=True))
+                    read.append((grid.index, times, near))
+        self._known[index, anew] = work, asked, read
+        return work, asked, read
 
 
 def _area(plan: Plan) -> int:

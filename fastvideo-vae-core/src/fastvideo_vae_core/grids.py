@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvideo_vae_core.memory import elsewhere, rehearsal
+from fastvideo_vae_core.memory import elsewhere, rehearsal, rehearsed_once
 from fastvideo_vae_core.ops.norm import Moments
 from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.ops.words import copy_rows, write_rows
@@ -266,22 +266,23 @@ class Courier:
         shape, layout = (*piece.shape[:2], *sizes), layout_of(piece)
         if not on_host:
             return Slab(span, torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=layout))
-        device = piece.device if piece.is_meta else torch.device("cpu")
         with elsewhere():
             like = torch.empty(shape, dtype=piece.dtype, device="meta", memory_format=layout)
+            if piece.is_meta:
+                return Slab(span, like, like)
             # PyTorch would round pinned memory up to a power of two.
             size = 1 << (like.nbytes - 1).bit_length()
             free = self._free[size]
-            host = free.pop() if free else self._pinned(size, device)
+            host = free.pop() if free else self._pinned(size)
             data = host.view(piece.dtype).as_strided(shape, like.stride())
         return Slab(span, data, host)
 
-    def _pinned(self, size: int, device: torch.device) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=self._asynchronous)
+    def _pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._asynchronous)
 
     def _upload(self, into: Tensor, source: Tensor) -> None:
         if not self._asynchronous:
-            into.copy_(source)
+            move(into, source)
             return
         stream, _ = self._ways()
         # The memory may have been in use before.
@@ -294,7 +295,7 @@ class Courier:
         if (seen := rehearsal()) is not None:
             seen.downloaded += seen.times * source.nbytes
         if not self._asynchronous:
-            into.copy_(source)
+            move(into, source)
             return source
         _, stream = self._ways()
         if _order(source) != _order(into):
@@ -383,7 +384,8 @@ class Making:
         """
         if self.memories is not None:
             return self._onward(crops, self.memories.setdefault(grid, {}))
-        made = self.step.run(crops, self.moments, *((self.inner,) if any(self.inner) else ()))
+        more = (self.inner,) if any(self.inner) else ()
+        made = rehearsed_once(self.step, partial(self.step.run, crops, self.moments), crops, *more)
         sizes = (made if isinstance(made, Tensor) else made.x).shape[2:]
         keep = []
         for axis, size, (start, stop), (first, _) in zip(self.step.axes, sizes, self.region, self.crop, strict=True):
@@ -398,13 +400,13 @@ class Making:
         """The region, behind those before it. Elements that become several are not cut: what is beyond the region waits
         for the next one."""
         (start, stop), (first, last) = self.region[0], self.crop[0]
-        known = {"memory": memory} if self.step.passes else {}
+        run = partial(self.step.run, crops, self.moments, **({"memory": memory} if self.step.passes else {}))
         if self.step.axes[0].up == 1:
-            return self.step.run(crops, self.moments, **known)
+            return rehearsed_once(self.step, run, crops, remembers=self.step.passes)
         # By where it begins, because a rehearsal leaves out tiles.
         parts = [each for begin, each in memory.pop(_WAITING, ()) if begin == start]
         if first < last:
-            parts.append(dense(self.step.run(crops, self.moments, **known)))
+            parts.append(dense(rehearsed_once(self.step, run, crops, remembers=self.step.passes)))
             like = parts[-1]
             memory[_LIKE] = partial(torch.empty, like.shape, dtype=like.dtype, device="meta", memory_format=layout_of(like))
         elif not parts:
@@ -550,9 +552,10 @@ def dense(x: Tensor | Sum) -> Tensor:
     """The same without gaps in memory, such as a tile has that was cut out of what its borders spoiled; of a sum, its
     value."""
     if isinstance(x, Tensor):
-        if _in_memory(x).is_contiguous():
+        layout = layout_of(x)
+        if x.is_contiguous(memory_format=layout) or _in_memory(x).is_contiguous():
             return x
-        made = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+        made = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
         move(made, x)
         return made
     made = torch.empty(x.x.shape, dtype=x.x.dtype, device=x.x.device, memory_format=layout_of(x.x))
@@ -567,6 +570,8 @@ def dense(x: Tensor | Sum) -> Tensor:
 
 def move(into: Tensor, source: Tensor) -> None:
     """Copy a part of a grid on the device; the same as `into.copy_(source)`."""
+    if into.is_meta:
+        return
     layout = _LAST.get(into.ndim)
     if layout and into.is_contiguous(memory_format=layout) and source.is_contiguous(memory_format=layout):
         # Nothing to find out: one block.

@@ -5,10 +5,9 @@ Shape legend: B batch, C channels; upper case T, H, W, S the sample grid, lower 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
 import torch
@@ -25,11 +24,12 @@ from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.errors import ConfigError, ShapeError
 from fastvideo_vae_core.finite import is_finite
 from fastvideo_vae_core.latents import Provenance
-from fastvideo_vae_core.memory import Forecast, excerpt, forecast, matrix_workspace, parse_bytes, standing_for
+from fastvideo_vae_core.memory import Forecast, excerpt, parse_bytes, repeating, standing_for
 from fastvideo_vae_core.ops.causal import CausalConv3d
 from fastvideo_vae_core.outputs import DecoderOutput, EncoderOutput
 from fastvideo_vae_core.plan import Direction, Plan
-from fastvideo_vae_core.rehearsal import device_of, rehearsing
+from fastvideo_vae_core.prediction import Rehearsals
+from fastvideo_vae_core.rehearsal import device_of
 from fastvideo_vae_core.sharding import Sharding, run_blended, run_sharded
 from fastvideo_vae_core.strips import Strip
 from fastvideo_vae_core.tiling import Axis, Step, run_steps
@@ -43,8 +43,6 @@ Mesh = DeviceMesh | ProcessGroup | Sharding
 # Tiles that a memory budget may choose from, in elements of the grid that is being computed.
 _TILES = (2048, 1024, 512, 256, 128, 64)
 _SLABS = (*_TILES, 32, 16)
-# Predictions that a model remembers.
-_MOST_FORECASTS = 256
 
 
 class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
@@ -434,6 +432,11 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
             return self._run_tiles(plan, self._blended_tiles(plan.direction, x.shape, plan.blend), x, units)
         return self._at_once(plan, x, units)
 
+    def _steps_know(self, plan: Plan) -> Hashable:
+        """What the steps know of a plan beside its type and its device. Where it is the same, as in most of a search,
+        a step does the same with crops of the same sizes, and is rehearsed once."""
+        return plan.chunk
+
     def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
         """Whole grids through the network, in pieces of frames if the plan says so."""
         units.begin(1)
@@ -447,7 +450,8 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
         if plan.sharding is not None:
             return run_sharded(steps, x, plan.tile, plan.sharding, units.done)
         assert plan.tile is not None
-        return run_steps(steps, x, plan.tile, plan.places, plan.host_shares, tiles=plan.tiles, done=units.done)
+        with repeating(steps):
+            return run_steps(steps, x, plan.tile, plan.places, plan.host_shares, tiles=plan.tiles, done=units.done)
 
     def _run_tiles(self, plan: Plan, tiles: BlendedTiles, x: Tensor, units: Units) -> Tensor:
         """The network on each of the tiles that are blended then, on this device or in turns with others."""
@@ -658,33 +662,14 @@ class ParallelTiledVAE(nn.Module, ABC, Generic[Posterior]):
     def _within(self, plan: Plan, budget: int) -> Plan:
         """The fastest plan that is predicted to fit."""
         shapes = plan.direction, plan.input_shape, plan.output_shape
-        return choose(plan, budget, self._budget_tiles(*shapes), self._budget_slabs(*shapes))
+        rehearsed = replace(plan, _predict=Rehearsals(self).forecast)
+        found = choose(rehearsed, budget, self._budget_tiles(*shapes), self._budget_slabs(*shapes))
+        # Plans may be kept for long, and the rehearsals with them.
+        return replace(found, _predict=plan._predict)
 
     def _forecast(self, plan: Plan) -> Forecast:
-        """`_predict`, which computes a whole call on shapes alone, once for each plan."""
-        if plan.sharding is not None:
-            return self._predict(plan)
-        facts = (getattr(plan, each.name) for each in fields(plan) if each.compare and each.name != "notes")
-        key = (*facts, self._half_dtype(plan.direction))
-        if key not in self._forecasts:
-            # Not to grow for ever, where shapes are new again and again.
-            if len(self._forecasts) >= _MOST_FORECASTS:
-                self._forecasts.clear()
-            self._forecasts[key] = self._predict(plan)
-        return self._forecasts[key]
-
-    def _predict(self, plan: Plan) -> Forecast:
-        with rehearsing(plan.device):
-            shadow = self._shadow(plan.direction).to(plan.dtype)
-        weights = sum(each.numel() * each.element_size() for each in self._half_parameters(plan.direction))
-        if plan.dtype != self._half_dtype(plan.direction):
-            weights += sum(each.numel() * each.element_size() for each in shadow.parameters())
-        if plan.sharding is not None and plan.sharding.destination is not None:
-            weights += math.prod(plan.output_shape) * self._half_dtype(plan.direction).itemsize
-        made = forecast(
-            lambda x: shadow._compute(plan, x), plan.input_shape, plan.dtype, plan.device, shadow.parameters()
-        )
-        return made + weights + matrix_workspace(plan.device)
+        """What a call will take as the plan says."""
+        return Rehearsals(self).forecast(plan)
 
     def _shadow(self, direction: Direction) -> Self:
         """One half of this model without its weights, on the meta device."""

@@ -9,7 +9,7 @@ innermost in memory (`torch.channels_last_3d`): a position is one row of C numbe
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -61,6 +61,11 @@ class Cache:
         other._frames = {twins[names[layer]]: frames.to(dtype) for layer, frames in self._frames.items()}
         other._begun = {twins[names[layer]] for layer in self._begun}
         return other
+
+    def state(self) -> Hashable:
+        """What there is to remember, without its numbers."""
+        frames = frozenset((layer, each.shape) for layer, each in self._frames.items())
+        return self.first, frames, frozenset(self._begun)
 
     def begins(self, layer: nn.Module) -> bool:
         """Whether the layer asks for the first time in this video; where frames come late, not all do in one piece."""
@@ -260,6 +265,8 @@ class Window:
         met = (False, False)
         if strip is not None and self.inset[strip.along]:
             met = self._meet(strip, end)
+        if self.data.is_meta:
+            return
         if self.copies:
             first = self._frame(self.shift)
             self._place(self.data, first.expand(-1, self.shift, -1, -1, -1), 0)
@@ -325,7 +332,10 @@ class Window:
         return self.data.unflatten(-1, (self.taps, -1))[:, index - tap : index - tap + 1, :, :, tap]
 
     def _place(self, data: Tensor, frames_BTHWC: Tensor, start: int) -> None:
-        """Write frames that are e[start], e[start + 1], ... into every slot that holds them."""
+        """Write frames that are e[start], e[start + 1], ... into every slot that holds them; a rehearsal has no numbers
+        to write."""
+        if data.is_meta:
+            return
         slots, stride = data.unflatten(-1, (self.taps, -1)), self.stride
         for tap in range(self.taps):
             # Slot `tap` of frame t is e[t * stride + tap].

@@ -21,6 +21,9 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 def copy_rows(into: Tensor, source: Tensor) -> None:
     """Copy rows of channels (..., C) into others of their shape. The same as `into.copy_(source)`."""
+    if into.is_meta:
+        # No numbers, and no memory beside them.
+        return
     differentiates = torch.is_grad_enabled() and source.requires_grad
     if not differentiates and into.dtype == source.dtype and _in_words(into) and _in_words(source):
         into, source = into.view(_WORD), source.view(_WORD)

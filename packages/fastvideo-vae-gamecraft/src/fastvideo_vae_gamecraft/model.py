@@ -6,7 +6,7 @@ Source: Tencent-Hunyuan/Hunyuan-GameCraft-1.0 `hymm_sp/vae/autoencoder_kl_causal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,9 @@ class AutoencoderKLHunyuanVideo(ParallelTiledVAE[DiagonalGaussianDistribution]):
         run = Run(plan.device, self._most_numbers(plan))
         steps = self.encode_steps(run) if plan.direction == "encode" else self.decode_steps(run)
         return self._run_steps(plan, steps, x, units)
+
+    def _steps_know(self, plan: Plan) -> Hashable:
+        return self._most_numbers(plan)
 
     def _at_once(self, plan: Plan, x: Tensor, units: Units) -> Tensor:
         half = self.encoder if plan.direction == "encode" else self.decoder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_vae_core.errors import ShapeError
-from fastvideo_vae_core.memory import excerpt, standing_for
+from fastvideo_vae_core.memory import standing_for, until_steady
 from fastvideo_vae_core.ops.causal import Cache
 from fastvideo_vae_core.units import Units
 
@@ -68,7 +68,7 @@ def run(
     result: Tensor | None = None
     spans = [(0, first), *_spans(first, total, piece)]
     units.begin(len(spans))
-    for made in flow(stages, _pieces(x_BCTHW, spans, units), cache):
+    for made in flow(stages, _pieces(x_BCTHW, spans, units, cache), cache):
         if made.shape[2] == frames:
             result = made
             continue
@@ -85,25 +85,18 @@ def _spans(first: int, total: int, piece: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + piece, total)) for start in range(first, total, piece))
 
 
-def _pieces(x_BCTHW: Tensor, spans: Sequence[tuple[int, int]], units: Units) -> Iterator[tuple[Tensor, bool]]:
-    """The pieces of a video, each with whether it is the last. They are alike once nothing is held back any more.
+def _pieces(
+    x_BCTHW: Tensor, spans: Sequence[tuple[int, int]], units: Units, cache: Cache
+) -> Iterator[tuple[Tensor, bool]]:
+    """The pieces of a video, each with whether it is the last. They are alike once as much is held back as ever.
 
     Who asks for the next piece is done with the one before.
     """
-    indexed = list(enumerate(spans))
-    kinds = excerpt(
-        indexed, lambda each: (min(each[0], _HELD_BACK), each[1][1] - each[1][0], each[0] + 1 == len(spans))
-    )
-    for (index, (start, stop)), times in kinds:
-        if not times:
-            continue
+    end = spans[-1][1]
+    for (start, stop), times in until_steady(spans, lambda span: (span[1] - span[0], span[1] == end), cache.state):
         with standing_for(times):
-            yield x_BCTHW[:, :, start:stop], index + 1 == len(spans)
+            yield x_BCTHW[:, :, start:stop], stop == end
         units.done()
-
-
-# At most so many pieces are held back before the first result.
-_HELD_BACK = 24
 
 
 def cut(chunks: Iterable[Tensor], *, first: int, piece: int, group: int, surplus: bool) -> Iterator[Tensor]:
