@@ -92,11 +92,22 @@ def test_large_decodes_get_a_plan_within_their_budget(
 
 
 def test_coarse_grids_have_memory_for_larger_tiles() -> None:
-    plan = on_gpu("GameCraft").plan_decode((1, 16, 9, 88, 152), memory_budget="8GiB")
+    plan = on_gpu("SDXL").plan_decode((1, 4, 256, 256), memory_budget="1800MiB")
     assert plan.tile is not None
-    assert plan.peak_bytes <= 8 << 30
-    rows = [tile[1] for tile in plan.tiles]
-    assert min(rows) == plan.tile[1] < max(rows)
-    assert f" to 33 x {max(rows)} x 1216" in str(plan)
+    assert plan.peak_bytes <= 1800 << 20
+    rows = [tile[0] for tile in plan.tiles]
+    assert min(rows) == plan.tile[0] < max(rows)
+    assert f" to {max(rows)} x 2048" in str(plan)
     # Less is computed twice, at fewer borders.
     assert plan.forecast.work < replace(plan, tiles=()).forecast.work
+
+
+def test_frames_follow_one_another_within_a_budget() -> None:
+    plan = on_gpu("GameCraft").plan_decode((1, 16, 9, 88, 152), memory_budget="8GiB")
+    assert plan.peak_bytes <= 8 << 30
+    assert plan.tile == (1, 704, 1216)
+    assert plan.places.count("anew") == 3
+    # The upsampling again for each of the two that read it, two convolutions again, and nothing for any border.
+    assert 0.25 < plan.recompute < 0.30
+    rows = replace(plan, tile=(33, 32, 1216), tiles=())
+    assert rows.forecast.work > 1.02 * plan.forecast.work

@@ -263,12 +263,12 @@ class SideBySide(CausalConv):
     For as few channels as here that is several times as fast as a convolution in three dimensions.
     """
 
-    def forward(self, data: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
+    def forward(self, data: Tensor, weight: Tensor, bias: Tensor | None, fused: bool, run: Run) -> Tensor:
         step, *around = self.conv.stride
         frames = 1 + (data.shape[2] - self.taps) // step
         windows = [data[:, :, tap : tap + 1 + step * (frames - 1) : step] for tap in range(self.taps)]
         pictures = torch.cat(windows, 1).transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        weight = self.conv.weight.transpose(1, 2).flatten(1, 2)
+        weight = weight.transpose(1, 2).flatten(1, 2)
         return F.conv2d(pictures, weight, bias, around).unflatten(0, (len(data), frames)).transpose(1, 2)
 
 

@@ -280,10 +280,9 @@ class Model:
         possible = [shares for shares in found if shares is not None]
 
         def cost(shares: tuple[float, ...]) -> tuple[float, float]:
-            moved = (
-                each.made * share * (1 + reads[index]) for index, (each, share) in enumerate(zip(self.steps, shares))
-            )
-            return round(self.time(places, shares), 4), sum(moved)
+            each = zip(self.steps, shares, range(len(shares)), strict=True)
+            moved = sum(step.made * share * (1 + reads[index]) for step, share, index in each)
+            return round(self.time(places, shares), 4), moved
 
         return min(possible, key=cost, default=None)
 

@@ -408,7 +408,9 @@ class Making:
         if first < last:
             parts.append(dense(rehearsed_once(self.step, run, crops, remembers=self.step.passes)))
             like = parts[-1]
-            memory[_LIKE] = partial(torch.empty, like.shape, dtype=like.dtype, device="meta", memory_format=layout_of(like))
+            memory[_LIKE] = partial(
+                torch.empty, like.shape, dtype=like.dtype, device="meta", memory_format=layout_of(like)
+            )
         elif not parts:
             return memory[_LIKE]()[:, :, : stop - start]
         made = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
@@ -449,8 +451,9 @@ def follow(step: Step, reads: Sequence[Grid], areas: Sequence[Region]) -> bool:
         axis = step.axes[0]
         if axis.whole or not (step.passes or axis.before == axis.after == axis.lead == 0):
             return False
-        onward = [axis.continues(*span, reads[0].sizes[0]) for span in spans]
-        if None in onward:
+        found = [axis.continues(*span, reads[0].sizes[0]) for span in spans]
+        onward = [span for span in found if span is not None]
+        if len(onward) < len(found):
             return False
         left += [(grid.step, grid.reads, onward) for grid in reads if isinstance(grid, Anew)]
     return True

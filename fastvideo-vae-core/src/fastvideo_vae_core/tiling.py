@@ -130,8 +130,8 @@ class Step:
             the moments it takes them over what it sees. A sum is added up in the pass that puts it into its place.
         trims: whether `run` takes a third argument, which says for each axis whether the crop goes on by the halo at
             both ends. There it need not pad, and may give what is in between only, which saves computing the rest.
-        passes: whether `run` takes a dict `memory`, in which it keeps what it needs of the frames that it has seen. Then
-            tiles that follow one another along the first axis alone need no halo in front of them.
+        passes: whether `run` takes a dict `memory`, in which it keeps what it needs of the frames that it has seen.
+            Then tiles that follow one another along the first axis alone need no halo in front of them.
         norm: the normalisation at the head of the step, whose statistics span the whole of the first grid.
         pending: a bias (C) that the grid still lacks, because whoever reads it adds it without a pass over memory; its
             statistics are those behind the bias.

@@ -420,7 +420,7 @@ class _Passing:
         return False
 
     def _ring(self, part: Tensor, sizes: Sequence[int]) -> tuple[Window, int]:
-        """Room for a part of one frame, in the place of the oldest; and how often the frame comes in front of itself."""
+        """Room for a part of one frame, in the place of the oldest; and how often it comes in front of itself."""
         taps = self.conv.taps
         if self._oldest is None or self._room is None:
             self._room, self._oldest = part.new_empty(len(part), taps, *sizes, part.shape[1]), 0
@@ -436,8 +436,8 @@ class _Passing:
         return self._turned[oldest]
 
     def _behind_held(self, part: Tensor, sizes: Sequence[int]) -> tuple[Window, int]:
-        """Room for a part behind the frames that are held, which are in it; and how often its first frame comes in front
-        of itself, where there are none."""
+        """Room for a part behind the frames that are held, which are in it; and how often its first frame comes in
+        front of itself, where there are none."""
         conv, held = self.conv, self._held
         batch, channels, frames = part.shape[:3]
         lead = conv.taps - 1 if held is None else 0
@@ -458,8 +458,8 @@ class _Passing:
         return window, lead
 
 
-# Frames that are so large that no more than these are convolved at a time come one by one where parts follow each other,
-# as in a ring nothing has to be moved.
+# Frames that are so large that no more than these are convolved at a time come one by one where calls continue one
+# another: in a ring nothing has to be moved.
 _FEW = 4
 _FUSED = (torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -306,8 +306,7 @@ class ResnetBlock(nn.Module):
     def _second_step(self, residual: Tensor, x: Tensor, moments: Moments | None, inner: Inner) -> Tensor | Sum:
         if self._pending() is None:
             return self._second(residual, x, moments)
-        normed = group_norm_act(residual, self.norm2, self.act, moments, self.conv1.bias)
-        made = _unbiased(normed, self.conv2, inner)
+        made = _unbiased(group_norm_act(residual, self.norm2, self.act, moments, self.conv1.bias), self.conv2, inner)
         shortcut, bias = self._unbiased_shortcut(x)
         rows, columns = (slice(1, -1) if each else slice(None) for each in inner)
         return Sum(made, shortcut[:, :, rows, columns], bias)

@@ -342,9 +342,7 @@ _CONV = (_TIME, _SPACE, _SPACE)
 def _conv_step(name: str, conv: CausalConv, run: Run) -> Step:
     return Step(
         name=name,
-        run=lambda grids, _, memory=None: Clip(
-            list(convolved(Clip([grids[0]]), conv, run, memory=memory))
-        ).joined(),
+        run=lambda grids, _, memory=None: Clip(list(convolved(Clip([grids[0]]), conv, run, memory=memory))).joined(),
         axes=_CONV,
         passes=True,
     )
