@@ -270,17 +270,23 @@ def distances(bench: Bench, table: Table, direction: Direction, dtype: str) -> R
 
 
 def check_ways(bench: Bench, direction: Direction, dtype: str) -> None:
-    """Pieces and exact tiles against the whole clip at once; in 16 bits by the norm, else by the largest difference."""
+    """Pieces, exact tiles, and frames that follow one another from and to the host, against the whole clip at once; in
+    16 bits by the norm, else by the largest difference."""
     ours, _ = sides(bench, DTYPES[dtype])
     x = example(bench, direction, bench.small).to(bench.device, DTYPES[dtype])
     whole = run(ours, direction, x, plan_of(ours, direction, x, chunk=bench.small[0]))
-    for options in ({"chunk": 1}, {"chunk": 3}, {"tile": bench.tile}):
-        made = run(ours, direction, x, plan_of(ours, direction, x, **options))
+    plans = [plan_of(ours, direction, x, **options) for options in ({"chunk": 1}, {"chunk": 3}, {"tile": bench.tile})]
+    frames = plan_of(ours, direction, x, tile=(1, 1 << 20, 1 << 20))
+    steps = len(ours._steps(direction))
+    for places in (("slabs", "slabs"), ("slabs", "anew")):
+        plans.append(replace(frames, places=(places * steps)[:steps], host_shares=(0.5,) * steps))
+    for plan in plans:
+        made = run(ours, direction, x, plan)
         if dtype in SAME:
             apart, largest = float((made - whole).abs().max()), float(whole.abs().max())
-            assert apart <= SAME[dtype], f"{options}: {apart:.2e} apart, numbers up to {largest:.2f}"
+            assert apart <= SAME[dtype], f"{apart:.2e} apart, numbers up to {largest:.2f}, in\n{plan}"
         else:
-            assert_close(made, whole, SIXTEEN_BIT_BOUND, f"16 bits, {options}")
+            assert_close(made, whole, SIXTEEN_BIT_BOUND, f"16 bits, in\n{plan}")
 
 
 def check_blend(bench: Bench, direction: Direction) -> None:
