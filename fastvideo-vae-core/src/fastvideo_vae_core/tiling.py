@@ -341,9 +341,9 @@ def _run_step(
     slabs = Slabs(index=-1, sizes=wanted, axis=axis + 2, entire=memories is not None)
     shares = in_turns(len(areas), host_share) if slabs.entire else [host_share] * len(areas)
     needed = passed_by(makings, dying)
-    # Where slabs come and go in turns no tile is like another.
-    turns = slabs.entire and (any(shares) or any(slab.on_host for grid in dying for slab in grid.slabs))
-    tiles = excerpt(range(len(makings)), lambda index: index if turns else kind_of(makings[index]))
+    # Where slabs go and come no tile is like another.
+    slides = bool(dying) or any(shares)
+    tiles = excerpt(range(len(makings)), lambda index: index if slides else kind_of(makings[index]))
     made: Tensor | None = None
     gathered = list[Moments]()
     like: Callable[[Region], Tensor] = partial(_blank, (1, 1), torch.float32, torch.contiguous_format)
