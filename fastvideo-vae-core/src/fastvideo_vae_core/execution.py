@@ -27,6 +27,7 @@ from fastvideo_vae_core.units import Progress, Units
 _MOST_TIMES = 1024
 
 if TYPE_CHECKING:
+    from fastvideo_vae_core.planning import Planned
     from fastvideo_vae_core.vae import ParallelTiledVAE
 
 
@@ -39,7 +40,7 @@ def free_bytes(device: torch.device) -> int | None:
     return free + held.get("reserved_bytes.all.current", 0) - held.get("allocated_bytes.all.current", 0)
 
 
-def fitting(vae: ParallelTiledVAE[Any], plan: Plan) -> Plan:
+def fitting(vae: Planned, plan: Plan) -> Plan:
     """The plan, if it is predicted to fit what is free, or else the first of ever smaller ones that does.
 
     Raises:

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +15,7 @@ from fastvideo_vae_core.plan import Direction, Plan
 from fastvideo_vae_core.rehearsal import rehearsing
 
 if TYPE_CHECKING:
-    from fastvideo_vae_core.vae import ParallelTiledVAE
+    from fastvideo_vae_core.planning import Planned
 
 # Predictions that a model remembers.
 _MOST_FORECASTS = 256
@@ -28,9 +28,9 @@ class Rehearsals:
     a search to let go of; predictions stay with the model.
     """
 
-    def __init__(self, vae: ParallelTiledVAE[Any]) -> None:
+    def __init__(self, vae: Planned) -> None:
         self._vae = vae
-        self._shadows: dict[tuple[Direction, torch.dtype, torch.device], ParallelTiledVAE[Any]] = {}
+        self._shadows: dict[tuple[Direction, torch.dtype, torch.device], Planned] = {}
         self._recalled = defaultdict[Hashable, Recalled](Recalled)
 
     def forecast(self, plan: Plan) -> Forecast:
@@ -61,7 +61,7 @@ class Rehearsals:
         )
         return made + weights + matrix_workspace(plan.device)
 
-    def _shadow(self, plan: Plan) -> ParallelTiledVAE[Any]:
+    def _shadow(self, plan: Plan) -> Planned:
         """The half of the network without its weights, laid out for the device of the plan."""
         key = plan.direction, plan.dtype, plan.device
         if key not in self._shadows:
