@@ -173,14 +173,7 @@ class Courier:
             else:
                 move(into, source)
         comes = self._asynchronous and any(slab_.on_host for slab_ in needed)
-        event = self._ways()[0].record_event() if comes else None
-
-        def arrived() -> Tensor:
-            if event is not None:
-                self._main().wait_event(event)
-            return made
-
-        return arrived
+        return self._once_there(made, self._ways()[0].record_event() if comes else None)
 
     def _bring_entire(self, slab: Slab, axis: int, region: Region) -> Callable[[], Tensor]:
         """A part of a slab on the host, all of which comes."""
@@ -191,6 +184,10 @@ class Courier:
             del self._near[id(slab.host)]
         part = _part_of(slab._replace(data=whole), axis, region)
         _count_uploaded(part)
+        return self._once_there(part, event)
+
+    def _once_there(self, part: Tensor, event: torch.cuda.Event | None) -> Callable[[], Tensor]:
+        """What gives a part, behind the event on the stream that computes."""
 
         def arrived() -> Tensor:
             if event is not None:
