@@ -55,6 +55,31 @@ def test_products_of_every_other_position_are_the_strided_convolution(stride: tu
     assert relative_error(y, conv(x)) <= 1e-15
 
 
+@pytest.mark.parametrize("innermost", [False, True], ids=["plain", "channels innermost"])
+@pytest.mark.parametrize("rows", [1, 3, 100], ids="{} rows".format)
+@pytest.mark.parametrize(("kernel", "padding"), [((3, 3), (1, 1)), ((2, 2), (1, 0)), ((1, 3), (0, 2))], ids=str)
+def test_strips_are_the_convolution(
+    kernel: tuple[int, int], padding: tuple[int, int], rows: int, innermost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strips of rows, and where pictures are smaller than a strip, several of them at a time."""
+    layer = nn.Conv2d(5, 6, kernel, padding=padding).double()
+    x = torch.randn(4, 5, 11, 7, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last) if innermost else x
+    monkeypatch.setattr(taps, "_STRIP", rows * 8 * 11 * (7 + 2 * padding[1]))
+    for bias in (layer.bias, None):
+        y = taps.in_strips(x, layer.weight, bias, padding)
+        assert relative_error(y, nn.functional.conv2d(x, layer.weight, bias, 1, padding)) <= 1e-15
+        assert y.is_contiguous(memory_format=torch.channels_last if innermost else torch.contiguous_format)
+
+
+def test_strips_take_little_memory_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(64, 64, 3, 3, device="meta")
+    shape, numbers = (2, 64, 100, 100), 2 * 64 * 100 * 100
+    monkeypatch.setattr(taps, "_STRIP", 4 * 2 * numbers // 20)
+    peak = predicted_peak(lambda x: taps.in_strips(x, weight, None, (1, 1)), shape, torch.float32)
+    assert 2 * numbers <= peak / 4 <= 2.2 * numbers + 2 * weight.numel()
+
+
 def test_every_position_is_the_same_among_any_others() -> None:
     """Where cuDNN would choose another algorithm for another number of frames."""
     conv, x = nn.Conv3d(5, 6, 3, bias=False).double(), torch.randn(1, 5, 9, 6, 7, dtype=torch.float64)
@@ -81,6 +106,13 @@ def test_only_wide_layers_in_float32_on_a_gpu_without_tf32() -> None:
         assert not taps.takes(GPU, x, wide)
     torch.backends.cudnn.allow_tf32 = True
     assert not taps.takes(GPU, x, wide)
+
+
+def test_pictures_that_are_worth_a_launch_for_each_tap() -> None:
+    weight = torch.empty(512, 512, 3, 3, device="meta")
+    assert taps.worth(torch.empty(1, 512, 32, 32, device="meta"), weight)
+    assert not taps.worth(torch.empty(1, 512, 16, 16, device="meta"), weight)
+    assert taps.worth(torch.empty(4, 512, 16, 16, device="meta"), weight)
 
 
 def test_no_memory_but_the_result_and_the_weights_in_order() -> None:

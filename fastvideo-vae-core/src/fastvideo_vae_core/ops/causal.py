@@ -186,7 +186,7 @@ class CausalConv3d(nn.Conv3d):
         padding = (self.around[0] - rows, self.around[1] - columns)
         weight, bias = self._in_order(self.weight), None if bias is None else self._in_order(bias)
         if window.shift == 0:
-            return unstack(F.conv2d(stack(data), weight[:, :, -1], bias, 1, padding), data)
+            return self._planes(data, weight[:, :, -1], bias, padding, cache)
         if window.taps == 1:
             if data.shape[1] < self.kernel_size[0]:
                 return self._nothing(data, (data.shape[2] - 2 * rows, data.shape[3] - 2 * columns))
@@ -198,7 +198,16 @@ class CausalConv3d(nn.Conv3d):
         weight = weight.transpose(1, 2).flatten(1, 2)
         if self.kernel_size[1:] == (1, 1):
             return F.linear(data, weight.flatten(1), bias).movedim(-1, 1)
-        return unstack(F.conv2d(stack(data), weight, bias, 1, padding), data)
+        return self._planes(data, weight, bias, padding, cache)
+
+    def _planes(
+        self, data: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], cache: Cache
+    ) -> Tensor:
+        """The convolution of each frame of data (B, F, H, W, C)."""
+        frames = stack(data)
+        if taps.takes(cache.device, data, self, any_shape=True) and taps.worth(frames, weight):
+            return unstack(taps.in_strips(frames, weight, bias, padding), data)
+        return unstack(F.conv2d(frames, weight, bias, 1, padding), data)
 
     def inset(self, cache: Cache) -> tuple[int, int]:
         """Rows and columns around a picture that are written down, because they are not just zeros."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.sums import Sum
 from fastvideo_vae_core.ops.words import copy_rows, spread_rows, write_rows
@@ -24,15 +25,19 @@ from fastvideo_vae_core.rehearsal import device_of
 
 
 def upsampled2d(x: Tensor, conv: nn.Conv2d, nearest: Nearest, inner: Sequence[bool] = (False, False)) -> Tensor:
-    """conv(nearest(x)), (B, C, H, W) -> (B, O, 2H, 2W), of a 3 x 3 convolution with padding 1; folded in 16 bits on a
-    GPU, where there is nothing to differentiate.
+    """conv(nearest(x)), (B, C, H, W) -> (B, O, 2H, 2W), of a 3 x 3 convolution with padding 1; folded on a GPU where
+    channels lie innermost and there is nothing to differentiate, in 16 bits, and in float32 without TF32.
 
     inner: whether rows, and columns, of x go on beyond what is wanted. What the first and the last become is missing
         there, if it is folded.
     """
     if not _folds(x, conv):
         return conv(nearest(x))
-    made = F.conv2d(x, folded(conv.weight, (2, 2)), None, 1, [0 if each else 1 for each in inner])
+    weight, padding = folded(conv.weight, (2, 2)), [0 if each else 1 for each in inner]
+    if x.dtype == torch.float32:
+        made = taps.in_strips(x, weight, None, padding)
+    else:
+        made = F.conv2d(x, weight, None, 1, padding)
     return spread(made.movedim(1, -1), (2, 2), conv.bias).movedim(-1, 1)
 
 
@@ -120,9 +125,12 @@ def _write(into: Tensor, rows: Tensor, bias: Tensor | None) -> None:
 
 
 def _folds(x: Tensor, conv: nn.Conv2d) -> bool:
-    if device_of(x).type != "cuda" or not _TRITON or x.dtype not in (torch.float16, torch.bfloat16):
+    if device_of(x).type != "cuda" or not _TRITON or x.stride(1) != 1:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)) and x.stride(1) == 1
+    if x.dtype == torch.float32:
+        return taps.takes(device_of(x), x, conv, any_shape=True)
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    return x.dtype in (torch.float16, torch.bfloat16) and not differentiates
 
 
 @functools.cache

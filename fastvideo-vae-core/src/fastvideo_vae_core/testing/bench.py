@@ -167,6 +167,7 @@ def compare(
     calls: tuple[Callable[[], Tensor], Callable[[], Tensor]],
     *,
     resident: int,
+    copied: int = 0,
     operations: float = _NAN,
     predicted: float = _NAN,
     runs: int | None = None,
@@ -176,12 +177,13 @@ def compare(
 
     calls: the reference and ours.
     resident: bytes of weights and input that each holds from before.
+    copied: bytes of weights that ours holds besides, see `copied_bytes`.
     operations: TFLOP of a call.
     predicted: bytes.
     apart: one side's times after the other's, where a GPU has no room for what both leave to the next call.
     """
     first = [bench.first_call(call) for call in calls]
-    memory = [bench.memory(call, resident) for call in calls]
+    memory = [bench.memory(call, resident + more) for call, more in zip(calls, (0, copied), strict=True)]
     times = [bench.by_itself(call, runs) for call in calls] if apart else bench.in_turns(calls, runs)
     return Row(
         what=what,
@@ -279,6 +281,15 @@ def plan_of(model: Any, direction: Direction, x: Tensor, **options: Any) -> Plan
 def resident_bytes(model: Any, direction: Direction, x: Tensor) -> int:
     """Bytes of the weights of that half, and of its input."""
     return sum(each.numel() * each.element_size() for each in [*model._half_parameters(direction), x])
+
+
+def copied_bytes(model: Any, direction: Direction) -> int:
+    """Bytes of the copy of that half that a model keeps from its first call on, where it computes in another type than
+    its weights have."""
+    stored = model._half_dtype(direction)
+    computed: torch.dtype = model._fp16(stored)[0]
+    numbers = sum(each.numel() for each in model._half_parameters(direction))
+    return 0 if computed == stored else numbers * computed.itemsize
 
 
 def _number(value: float, digits: int | None) -> str:

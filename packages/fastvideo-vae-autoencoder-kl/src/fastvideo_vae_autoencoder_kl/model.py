@@ -19,7 +19,9 @@ from fastvideo_vae_core.blending import Blend, BlendedTiles, blended_tiles
 from fastvideo_vae_core.config import VAEConfig
 from fastvideo_vae_core.distribution import DiagonalGaussianDistribution
 from fastvideo_vae_core.latents import scale_latents, unscale_latents
+from fastvideo_vae_core.ops import taps
 from fastvideo_vae_core.ops.attention import GridAttention
+from fastvideo_vae_core.ops.conv2d import Conv2d
 from fastvideo_vae_core.ops.modules import Modules
 from fastvideo_vae_core.ops.nearest import Nearest
 from fastvideo_vae_core.ops.norm import Moments, defers, formulation, fuses, group_norm_act, plus
@@ -254,9 +256,9 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.act = act
         self.norm1 = nn.GroupNorm(groups, before, eps=1e-6)
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
+        self.conv1 = Conv2d(before, after, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, after, eps=1e-6)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.conv2 = Conv2d(after, after, 3, padding=1)
         self.conv_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -340,7 +342,7 @@ class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.nearest = Nearest()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, inner: Inner = _BORDERED) -> Tensor:
         return upsampled2d(x, self.conv, self.nearest, inner)
@@ -368,7 +370,7 @@ def _unbiased(x: Tensor, conv: nn.Conv2d, inner: Inner = _BORDERED) -> Tensor:
     """The convolution without its bias, and without padding rows, or columns, where the crop goes on."""
     assert not isinstance(conv.padding, str)
     padding = [0 if each else size for size, each in zip(conv.padding, inner, strict=True)]
-    return F.conv2d(x, conv.weight, None, conv.stride, padding)
+    return taps.conv2d(x, conv, None, padding)
 
 
 def _conv_step(name: str, conv: nn.Conv2d) -> Step:

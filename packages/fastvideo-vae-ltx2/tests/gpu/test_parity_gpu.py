@@ -26,6 +26,7 @@ from fastvideo_vae_core.testing.bench import (
     Table,
     check_accuracy,
     compare,
+    copied_bytes,
     free_memory,
     plan_of,
     resident_bytes,
@@ -254,6 +255,7 @@ def measure(bench: Bench, table: Table, name: str, direction: Direction, grid: t
         f"{title(bench, name, direction, grid)} {dtype}",
         (partial(call, theirs, direction, x), partial(call, ours, direction, x)),
         resident=resident_bytes(ours, direction, x),
+        copied=copied_bytes(ours, direction),
         operations=tflop(bench, name, direction, grid),
         predicted=plan_of(ours, direction, x).peak_bytes,
     )
